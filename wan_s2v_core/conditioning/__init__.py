@@ -1,0 +1,1 @@
+"""What a clip is conditioned on, from user inputs to tensors."""

@@ -1,0 +1,108 @@
+"""Settings as frozen dataclasses that survive JSON. Importable without torch; defaults have their home here."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+
+T = TypeVar("T", bound="JsonConfig")
+
+
+@dataclass(frozen=True)
+class JsonConfig:
+    """Base of every config: `to_dict` and `from_dict` are inverse, so a recipe can travel to a worker as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class S2VModelConfig(JsonConfig):
+    """Sizes and switches of the S2V DiT. The defaults are the released 14B model.
+
+    `injected_blocks[i]` is the block after which injector `i` adds the voice. `packs_motion` chooses between the
+    packed motion tokens of the released model and plain ones, one token per patch of every motion latent frame.
+    """
+
+    width: int = 5120
+    feed_forward_width: int = 13824
+    heads: int = 40
+    blocks: int = 40
+    latent_channels: int = 16
+    pose_channels: int = 16
+    text_width: int = 4096
+    text_tokens: int = 512
+    time_width: int = 256
+    audio_width: int = 1024
+    audio_layers: int = 25
+    audio_tokens: int = 4
+    injected_blocks: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+    modulates_audio: bool = True
+    packs_motion: bool = True
+    zero_timestep: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.heads < 1 or self.width % self.heads or (self.width // self.heads) % 2:
+            raise ConfigError(
+                f"width={self.width} with heads={self.heads} gives no even head size. "
+                "Use a width that is an even multiple of heads (the 14B model: 5120 and 40)."
+            )
+        if self.width % 4:
+            raise ConfigError(f"width={self.width} is not a multiple of 4, which the audio encoder needs. Change width.")
+        if list(self.injected_blocks) != sorted(set(self.injected_blocks)) or not all(
+            0 <= block < self.blocks for block in self.injected_blocks
+        ):
+            raise ConfigError(
+                f"injected_blocks={list(self.injected_blocks)} must be rising block numbers below blocks={self.blocks}. "
+                "Take them from the checkpoint's config.json (audio_inject_layers)."
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+SOLVERS = ("unipc", "dpm++", "euler")
+SIGMA_SPACINGS = ("flow", "karras")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(JsonConfig):
+    """How a clip is denoised. The defaults are the reference's.
+
+    `guidance_scale` weighs the prompt against the negative prompt; `audio_guidance_scale` weighs the voice against
+    silence and follows `guidance_scale` when it is None, which is the reference and the cheapest.
+    """
+
+    steps: int = 40
+    shift: float = 3.0
+    solver: str = "unipc"
+    sigmas: str = "flow"
+    guidance_scale: float = 4.5
+    audio_guidance_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ConfigError(f"steps={self.steps}: at least one step is needed. Use 40, or 4 to 8 for a quick look.")
+        if not 0 < self.shift < float("inf"):
+            raise ConfigError(f"shift={self.shift} must be above 0. Use 3 at 480p and 5 at 720p.")
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"solver={self.solver!r} is not known. Use one of: {', '.join(SOLVERS)}.")
+        if self.sigmas not in SIGMA_SPACINGS:
+            raise ConfigError(f"sigmas={self.sigmas!r} is not known. Use one of: {', '.join(SIGMA_SPACINGS)}.")
+        for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
+            if not 1 <= scale < float("inf"):
+                raise ConfigError(f"{name}={scale} must be 1 or more. 1 turns guidance off; the reference uses 4.5.")
+
+    @property
+    def audio_scale(self) -> float:
+        return self.guidance_scale if self.audio_guidance_scale is None else self.audio_guidance_scale

@@ -1,0 +1,17 @@
+"""The errors a user can cause. Each message has three parts: the value, the rule, the way out."""
+
+
+class WanS2VError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(WanS2VError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class CheckpointError(WanS2VError, ValueError):
+    """A weights file or folder that is missing, damaged, unsafe or of another model."""
+
+
+class BackendUnavailable(WanS2VError, RuntimeError):
+    """An optional package or device that a chosen setting needs and that is not usable here."""

@@ -1,0 +1,1 @@
+"""Files in and out: weights now, video and audio with the pipeline."""

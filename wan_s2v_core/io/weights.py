@@ -1,0 +1,195 @@
+"""Weights files opened without reading them: names, shapes and types at once, each tensor when it is asked for.
+
+What a file is, is told from its first bytes. safetensors are mapped into memory; `.pth` files are loaded with
+`weights_only=True` alone, so that they cannot run code.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FOREIGN_STARTS = (
+    (b"GGUF", "a GGUF file, which this version does not read", "Use the bf16, fp16 or fp8_scaled safetensors file."),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Run 'git lfs pull' or download the file."),
+    (b"<", "a web page, not weights", "Download the file itself; the site may ask for a login or a licence first."),
+)
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file, or the shards of one: name -> entry."""
+
+    path: Path
+    entries: dict[str, WeightEntry]
+    metadata: dict[str, str]
+    layout: str
+    files: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors have which type."""
+        return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()))
+
+    def select(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.entries[name].read() for name in names}
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open one weights file.
+
+    Raises:
+        CheckpointError: if it is missing, cut short, unsafe or of a kind that is not read here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there. A weights file was expected; check the name and the folder.")
+    with path.open("rb") as file:
+        start = file.read(32)
+    for magic, what, cure in FOREIGN_STARTS:
+        if start.startswith(magic):
+            raise CheckpointError(f"{path} is {what}. {cure}")
+    if start[8:9] == b"{":
+        return _open_safetensors(path)
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+        return _open_pickle(path)
+    raise CheckpointError(
+        f"{path} ({path.stat().st_size} bytes) is not a complete safetensors or PyTorch file. "
+        "The download may have been cut short: download it again."
+    )
+
+
+def open_shards(folder: Path, stem: str) -> Weights:
+    """Open `stem`.safetensors or its shards in `folder`; the index file decides if there is one.
+
+    Raises:
+        CheckpointError: if nothing is there, or shards are missing or do not hold what the index says.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        wanted = _read_index(index)
+        names = sorted(set(wanted.values()))
+    else:
+        names, wanted = sorted(file.name for file in folder.glob(f"{stem}*.safetensors")), {}
+        if numbered := re.fullmatch(r".*-\d+-of-(\d+)\.safetensors", names[0]) if names else None:
+            count = int(numbered[1])
+            names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if not names:
+        raise CheckpointError(f"{folder} holds no {stem}*.safetensors. Point to the folder that holds the shards.")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing)}. Download them there."
+        )
+    parts = [open_weights(folder / name) for name in names]
+    entries: dict[str, WeightEntry] = {}
+    for part in parts:
+        entries.update(part.entries)
+    if lost := sorted(set(wanted) - set(entries)):
+        raise CheckpointError(
+            f"{index.name} promises {len(lost)} tensors that no shard holds, such as {lost[0]}. "
+            "Index and shards are of different downloads: fetch all of them again."
+        )
+    return Weights(folder, entries, parts[0].metadata, "sharded safetensors", tuple(folder / name for name in names))
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{index} has no weight_map. Download the index file again.")
+    if outside := [name for name in content.values() if Path(name).name != name]:
+        raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}. Do not use this download.")
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if it is missing or not JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object. Download it again.")
+    return content
+
+
+def _open_safetensors(path: Path) -> Weights:
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+        metadata = handle.metadata() or {}
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}. "
+            "The download may have been cut short: download it again."
+        ) from error
+    entries = {}
+    for name, part in slices.items():
+        if (dtype := SAFETENSORS_DTYPES.get(part.get_dtype())) is None:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {part.get_dtype()}, which is not read here. "
+                f"Use a file in one of: {', '.join(SAFETENSORS_DTYPES)}."
+            )
+        entries[name] = WeightEntry(tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name))
+    return Weights(path, entries, metadata, "safetensors", (path,))
+
+
+def _open_pickle(path: Path) -> Weights:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here "
+            f"({reason}). Use a safetensors file, or a .pth from the official repository."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is not a complete PyTorch file: {reason}. Download it again.") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} is not a plain set of named tensors. Use the official file or a safetensors one.")
+    entries = {
+        name: WeightEntry(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in content.items()
+    }
+    return Weights(path, entries, {}, "pickle", (path,))

@@ -1,0 +1,1 @@
+"""The networks, written plainly: one device, full precision, no tricks."""

@@ -1,0 +1,109 @@
+"""The voice inside the DiT: a causal audio encoder, and the injection of its tokens after chosen blocks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import S2VModelConfig
+from ..geometry import latent_frames_of
+from ..seams import BlockContext
+from .attention import CrossAttention
+from .block import modulate
+
+INJECTION_EPS = 1e-5
+"""Not the model's eps: the reference takes this norm from diffusers' AdaLayerNorm with its default."""
+
+
+class CausalConv(nn.Conv1d):
+    """A convolution over time that sees only the past. B L C -> B L/stride C, the first sample repeated to the left."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int = 1):
+        super().__init__(channels, out_channels, kernel_size=3, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0), mode="replicate")
+        return super().forward(padded).transpose(1, 2)
+
+
+class CausalAudioEncoder(nn.Module):
+    """Speech features per video frame become a few tokens and one vector per latent frame.
+
+    A learned mixture of the layers of the speech model passes three causal convolutions, two of which halve the
+    rate. The local path keeps `audio_tokens` heads apart and adds a learned token; the global path has one head.
+    Runs in float32. Source: Wan2.2 auxi_blocks.py at 42bf4cf (Apache-2.0).
+    """
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.heads, self.eps = config.audio_tokens, config.eps
+        quarter, half = config.width // 4, config.width // 2
+        self.layer_weights = nn.Parameter(torch.full((1, config.audio_layers, 1, 1), 0.01))
+        self.local_in = CausalConv(config.audio_width, quarter * config.audio_tokens)
+        self.middle = CausalConv(quarter, half, stride=2)
+        self.last = CausalConv(half, config.width, stride=2)
+        self.padding_token = nn.Parameter(torch.zeros(1, 1, 1, config.width))
+        if config.modulates_audio:
+            self.global_in = CausalConv(config.audio_width, quarter)
+            self.global_out = nn.Linear(config.width, config.width)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode a whole window of audio.
+
+        Args:
+            features: B A E(audio) T, one embedding per video frame.
+        Returns:
+            tokens B F L(audio) E and vectors B F E (None in models without), F a quarter of T, rounded up.
+        """
+        weights = F.silu(self.layer_weights)
+        mixed = (features * weights / weights.sum(dim=1, keepdim=True)).sum(dim=1).transpose(1, 2)  # B T E(audio)
+        heads = self.local_in(mixed).unflatten(-1, (self.heads, -1))  # B T N E/4
+        local = self._pool(heads.transpose(1, 2).flatten(0, 1))  # the heads share what follows
+        local = local.unflatten(0, (-1, self.heads)).transpose(1, 2)  # B F N E
+        tokens = torch.cat([local, self.padding_token.expand(*local.shape[:2], 1, -1)], dim=2)
+        if not hasattr(self, "global_in"):
+            return tokens, None
+        return tokens, self.global_out(self._pool(self.global_in(mixed)))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        x = self._activate(x)
+        return self._activate(self.last(self._activate(self.middle(x))))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return F.silu(F.layer_norm(x, x.shape[-1:], eps=self.eps))
+
+    def encode_clip(self, features: Tensor, motion_frames: int) -> tuple[Tensor, Tensor | None]:
+        """Encode one clip, B A E(audio) T -> tokens and vectors of its latent frames alone.
+
+        The clip is led in by `motion_frames` copies of its first frame, whose outcome is dropped; this also sets
+        the phase of the two halvings, so that a latent frame hears 5 video frames back and 3 ahead.
+        """
+        lead_in = features[..., :1].expand(*features.shape[:-1], motion_frames)
+        tokens, vectors = self(torch.cat([lead_in, features], dim=-1))
+        dropped = latent_frames_of(motion_frames)
+        return tokens[:, dropped:], None if vectors is None else vectors[:, dropped:]
+
+
+class AudioInjector(nn.Module):
+    """Adds the voice to the noisy tokens: each one listens to the audio tokens of its own latent frame.
+
+    Which frame that is comes from `context.frame_index`, so any part of a split sequence can be served alone.
+    """
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.eps = INJECTION_EPS if config.modulates_audio else config.eps
+        self.attention = CrossAttention(config.width, config.heads, config.eps)
+        if config.modulates_audio:
+            self.modulation = nn.Linear(config.width, 2 * config.width)
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:  # B L E, float32
+        noisy, rest = context.segments(x)
+        normed = F.layer_norm(noisy, noisy.shape[-1:], eps=self.eps)
+        if context.audio_frames is not None:
+            shift, scale = self.modulation(F.silu(context.audio_frames)).chunk(2, dim=-1)  # B F E
+            normed = modulate(normed, shift[:, context.frame_index], scale[:, context.frame_index])
+        frames, tokens_per_frame = context.audio_tokens.shape[1:3]
+        heard_frame = torch.arange(frames, device=x.device).repeat_interleave(tokens_per_frame)
+        own_frame = context.frame_index[:, None] == heard_frame  # L(noisy) F*L(audio)
+        heard = self.attention(normed.to(context.dtype), context.audio_tokens.flatten(1, 2), own_frame)
+        return torch.cat([noisy + heard, rest], dim=1)

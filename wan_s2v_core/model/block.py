@@ -1,0 +1,75 @@
+"""One transformer block: self-attention, cross-attention to the text, feed-forward; two of the three are modulated."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import S2VModelConfig
+from ..seams import BlockContext
+from .attention import CrossAttention, SelfAttention
+from .rope import rotate
+
+
+class Pointwise:
+    """The memory-bound steps between the products, one at a time. The seam for fused kernels.
+
+    The stream of tokens is float32; what enters a product is in the compute precision. Shifts, scales and gates
+    have two rows, one for noisy tokens and one for the others.
+    """
+
+    rotate = staticmethod(rotate)
+
+    @staticmethod
+    def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:
+        """LayerNorm(x) * (1 + scale) + shift. x: B L E; shift, scale: B S E -> B L E in the compute precision."""
+        parts = (
+            modulate(F.layer_norm(part, part.shape[-1:], eps=eps), shift[:, row, None], scale[:, row, None])
+            for row, part in enumerate(context.segments(x))
+        )
+        return torch.cat([part.to(context.dtype) for part in parts], dim=1)
+
+    @staticmethod
+    def gated_add(x: Tensor, y: Tensor, gate: Tensor, context: BlockContext) -> Tensor:
+        """x + gate * y. x, y: B L E; gate: B S E -> B L E in float32."""
+        parts = zip(context.segments(x), context.segments(y), gate.unbind(1), strict=True)
+        return torch.cat([torch.addcmul(a, b, row[:, None]) for a, b, row in parts], dim=1)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed * (1 + scale) + shift, in the precision of `normed`."""
+    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
+
+
+class FeedForward(nn.Module):
+    """Two products with a tanh-GELU between them. The seam for routed experts and sliced activations."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # B L E
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One block of the DiT. Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.0)."""
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.attention = SelfAttention(config.width, config.heads, config.eps)
+        self.cross_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.cross_attention = CrossAttention(config.width, config.heads, config.eps)
+        self.feed_forward = FeedForward(config.width, config.feed_forward_width)
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.width) / config.width**0.5)
+        self.pointwise = Pointwise()
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:  # B L E, float32
+        step = self.pointwise
+        rows = (self.modulation[:, None] + context.modulation).unbind(2)  # six of B S E
+        shift, scale, gate, forward_shift, forward_scale, forward_gate = rows
+        y = self.attention(step.modulated_norm(x, shift, scale, self.eps, context), context, step.rotate)
+        x = step.gated_add(x, y, gate, context)
+        x = x + self.cross_attention(self.cross_norm(x).to(context.dtype), context.text)
+        y = self.feed_forward(step.modulated_norm(x, forward_shift, forward_scale, self.eps, context))
+        return step.gated_add(x, y, forward_gate, context)

@@ -1,0 +1,232 @@
+"""The S2V diffusion transformer: embed, a stack of blocks, head.
+
+What a clip is conditioned on does not change from step to step, so it is embedded once (`condition`) and each step
+only embeds the noisy latents. Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.0), rewritten from its description.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import S2VModelConfig
+from ..errors import ConfigError
+from ..geometry import PATCH
+from ..seams import BlockContext
+from .audio import AudioInjector, CausalAudioEncoder
+from .block import Block, modulate
+from .motion import MotionPacker, PatchProjection
+from .rope import rotary_table
+
+NOISY, REFERENCE, MOTION = range(3)
+"""Rows of the segment embedding."""
+
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """What one clip is made from, as the pipeline knows it. All latents share h and w."""
+
+    reference_latents: Tensor
+    """B C 1 h w."""
+    motion_latents: Tensor | None
+    """B C F h w, oldest first; None when the first clip has no past."""
+    pose_latents: Tensor | None
+    """B C F h w with the clip's latent frames; None is the same as zeros."""
+    audio: Tensor
+    """B A E(audio) T, one embedding per video frame of the clip; zeros are silence."""
+    text: Tensor
+    """B L E(text), the prompt's embeddings without padding."""
+    motion_frames: int
+    """Video frames of past that a clip may see: the length of the audio encoder's lead-in."""
+
+
+@dataclass(frozen=True)
+class ClipCondition:
+    """Everything of a clip that is the same in every step, embedded. Made by `S2VTransformer.condition`."""
+
+    grid: tuple[int, int, int]
+    """Latent frames, token rows, token columns of the noisy latents."""
+    noisy_bias: Tensor
+    """B L E or B 1 E, float32: pose and segment embedding, added to the noisy tokens."""
+    side_tokens: Tensor
+    """B L E, float32: reference and motion tokens."""
+    text: Tensor
+    audio_tokens: Tensor
+    audio_frames: Tensor | None
+    rope: Tensor
+    frame_index: Tensor
+    branch: str
+
+
+@lru_cache(maxsize=2048)
+def timestep_features(timestep: float, width: int) -> Tensor:
+    """Cosines, then sines, of one timestep, on the CPU: tabulated in float64, since float32 angles cost 1e-5."""
+    half = width // 2
+    angles = timestep * 10000.0 ** (-np.arange(half, dtype=np.float64) / half)
+    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)])).float()
+
+
+class BlockStack(nn.Module):
+    """The blocks in order, each followed by its audio injector if it has one. The seam for caches and splitting."""
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.injectors = nn.ModuleList(AudioInjector(config) for _ in config.injected_blocks)
+        self.injector_after = {block: index for index, block in enumerate(config.injected_blocks)}
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x, context)
+            if index in self.injector_after:
+                x = self.injectors[self.injector_after[index]](x, context)
+        return x
+
+
+class Head(nn.Module):
+    """Noisy tokens to velocity patches, in float32."""
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
+        self.out = nn.Linear(config.width, PATCH * PATCH * config.latent_channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B L E, B E -> B L 4C
+        shift, scale = (self.modulation + time[:, None]).unbind(1)
+        return self.out(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift[:, None], scale[:, None]))
+
+
+class S2VTransformer(nn.Module):
+    """Wan2.2 S2V: the velocity of a clip's latents, given a picture, a voice, a prompt, a pose and the past."""
+
+    def __init__(self, config: S2VModelConfig):
+        super().__init__()
+        self.config = config
+        patch, width = (1, PATCH, PATCH), config.width
+        self.patch_embedding = PatchProjection(config.latent_channels, width, patch)
+        self.pose_embedding = PatchProjection(config.pose_channels, width, patch) if config.pose_channels else None
+        self.segment_embedding = nn.Embedding(3, width)
+        self.motion_packer = MotionPacker(config.latent_channels, width) if config.packs_motion else None
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.time_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_projection = nn.Linear(width, 6 * width)
+        self.audio_encoder = CausalAudioEncoder(config)
+        self.stack = BlockStack(config)
+        self.head = Head(config)
+
+    FULL_PRECISION = ("segment_embedding", "time_", "audio_encoder", "head.", "modulation", "cross_norm")
+    """Parameters that stay float32, as the reference computes them; injector modulations are products and do not."""
+
+    @classmethod
+    def keeps_full_precision(cls, name: str) -> bool:
+        return ".injectors." not in name and any(part in name for part in cls.FULL_PRECISION)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the products."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def condition(self, inputs: ClipInputs, branch: str = "cond") -> ClipCondition:
+        """Embed what stays the same over all steps of a clip.
+
+        Raises:
+            ConfigError: if sizes do not fit together.
+        """
+        config, dtype = self.config, self.dtype
+        reference = self.patch_embedding(inputs.reference_latents.to(dtype)) + self.segment_embedding.weight[REFERENCE]
+        side_tokens, motion_latent_frames = [reference], 0
+        if inputs.motion_latents is not None and inputs.motion_latents.shape[2]:
+            embed_motion = self.motion_packer or self.patch_embedding
+            side_tokens.append(embed_motion(inputs.motion_latents.to(dtype)) + self.segment_embedding.weight[MOTION])
+            motion_latent_frames = inputs.motion_latents.shape[2]
+        audio_tokens, audio_frames = self.audio_encoder.encode_clip(inputs.audio.float(), inputs.motion_frames)
+        rows, columns = (side // PATCH for side in inputs.reference_latents.shape[-2:])
+        grid = (audio_tokens.shape[1], rows, columns)
+        rope = rotary_table(config.head_width, *grid, motion_latent_frames, config.packs_motion)
+        return ClipCondition(
+            grid=grid,
+            noisy_bias=self._noisy_bias(inputs.pose_latents, grid),
+            side_tokens=torch.cat(side_tokens, dim=1),
+            text=self._embed_text(inputs.text),
+            audio_tokens=audio_tokens.to(dtype),
+            audio_frames=None if audio_frames is None else audio_frames.to(dtype),
+            rope=rope.to(self.device),
+            frame_index=torch.arange(grid[0], device=self.device).repeat_interleave(rows * columns),
+            branch=branch,
+        )
+
+    def _noisy_bias(self, pose_latents: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+        bias = self.segment_embedding.weight[NOISY].expand(1, 1, -1)
+        if self.pose_embedding is None:
+            return bias
+        if pose_latents is None:  # zeros leave only the bias of the embedding
+            return bias + self.pose_embedding.bias
+        if (pose := tuple(pose_latents.shape[2:])) != (grid[0], grid[1] * PATCH, grid[2] * PATCH):
+            raise ConfigError(
+                f"the pose latents have frames, height, width {pose}, the clip {(grid[0], *(s * PATCH for s in grid[1:]))}. "
+                "Encode a pose video of the clip's own length and size."
+            )
+        return bias + self.pose_embedding(pose_latents.to(self.dtype))
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        if text.shape[1] > self.config.text_tokens:
+            raise ConfigError(
+                f"the prompt has {text.shape[1]} tokens, the model reads {self.config.text_tokens}. Shorten it."
+            )
+        padded = F.pad(text, (0, 0, 0, self.config.text_tokens - text.shape[1]))
+        return self.text_embedding(padded.to(self.dtype))
+
+    def embed_time(self, timestep: float | Tensor) -> tuple[Tensor, Tensor]:
+        """A timestep, or one per batch entry (B, for training) -> B E for the head, B S 6 E for the blocks."""
+        moments = timestep.tolist() if isinstance(timestep, Tensor) else [timestep]
+        still = [0.0 if self.config.zero_timestep else t for t in moments]  # reference and motion are not noisy
+        features = torch.stack([timestep_features(float(t), self.config.time_width) for t in moments + still])
+        time = self.time_embedding(features.to(self.device, non_blocking=True))  # SB E
+        rows = self.time_projection(F.silu(time)).unflatten(0, (2, -1)).transpose(0, 1)  # B S 6E
+        return time[: len(moments)], rows.unflatten(-1, (6, -1))
+
+    def embed(self, latents: Tensor, modulation: Tensor, condition: ClipCondition) -> tuple[Tensor, BlockContext]:
+        """Noisy latents B C F h w -> tokens B L E (noisy, reference, motion) and what the blocks need to know."""
+        frames, rows, columns = condition.grid
+        if (size := tuple(latents.shape[2:])) != (frames, rows * PATCH, columns * PATCH):
+            raise ConfigError(
+                f"latents of frames, height, width {size} do not fit a clip of {frames} latent frames of audio and a "
+                f"reference of {rows * PATCH} x {columns * PATCH}. Give all of them the same size (height and width even)."
+            )
+        noisy = self.patch_embedding(latents.to(self.dtype)) + condition.noisy_bias
+        context = BlockContext(
+            rope=condition.rope,
+            noisy_tokens=noisy.shape[1],
+            frame_index=condition.frame_index,
+            modulation=modulation,
+            text=condition.text,
+            audio_tokens=condition.audio_tokens,
+            audio_frames=condition.audio_frames,
+            dtype=self.dtype,
+            branch=condition.branch,
+        )
+        return torch.cat([noisy, condition.side_tokens.expand(noisy.shape[0], -1, -1)], dim=1), context
+
+    def forward(self, latents: Tensor, timestep: float | Tensor, condition: ClipCondition) -> Tensor:
+        """The velocity. latents: B C F h w; timestep: 0..1000, as a float in inference -> B C F h w in float32."""
+        time, modulation = self.embed_time(timestep)
+        tokens, context = self.embed(latents, modulation, condition)
+        tokens = self.stack(tokens, context)
+        patches = self.head(context.segments(tokens)[0], time)
+        return unpatchify(patches, condition.grid)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """B L 4C, channels fastest -> B C F h w."""
+    x = patches.unflatten(1, grid).unflatten(-1, (PATCH, PATCH, -1))  # B F rows columns 2 2 C
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -1,0 +1,244 @@
+"""Networks built from weights files: made without memory, then filled tensor by tensor, so nothing is held twice."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import S2VModelConfig
+from ..errors import CheckpointError
+from ..io.weights import Weights, open_shards, open_weights, read_json
+from .audio_encoder import SpeechEncoder
+from .checkpoint import (
+    DIT,
+    PART_LABELS,
+    SPEECH_ENCODER,
+    TEXT_ENCODER,
+    TIED_TEXT_NAMES,
+    TOKENIZER_TENSOR,
+    VAE,
+    NameReport,
+    Recognized,
+    compare_names,
+    dit_config,
+    dit_name,
+    infer_dit_config,
+    infer_speech_settings,
+    infer_text_sizes,
+    read_weight,
+    recognize,
+)
+from .dit import S2VTransformer
+from .text_encoder import TextEncoder, Tokenizer, tokenizer_from_folder, tokenizer_from_sentencepiece
+from .vae import VideoVAE
+
+log = logging.getLogger(__name__)
+
+DIT_STEM = "diffusion_pytorch_model"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+OFFICIAL_FILES = {
+    VAE: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
+    TEXT_ENCODER: ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
+    SPEECH_ENCODER: ("wav2vec2-large-xlsr-53-english",),
+}
+"""Where an official folder keeps what is not the DiT."""
+TRANSFORMERS_STEMS = ("model", "pytorch_model")
+SPEECH_NOTES = ("_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version")
+"""Entries of a wav2vec 2.0 config.json that do not describe the network."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a checkpoint, found and described but not loaded."""
+
+    weights: Weights
+    found: Recognized
+    config: Any
+    """S2VModelConfig for the DiT; keyword arguments of the network's class otherwise."""
+
+    @property
+    def kind(self) -> str:
+        return self.found.part
+
+    def build(self) -> nn.Module:
+        """The network without weights, on the meta device."""
+        with torch.device("meta"):
+            if self.kind == DIT:
+                return S2VTransformer(self.config)
+            if self.kind == VAE:
+                return VideoVAE(**self.config)
+            return TextEncoder(self.config) if self.kind == TEXT_ENCODER else SpeechEncoder(self.config)
+
+    def compare(self, network: nn.Module) -> NameReport:
+        """How the names and shapes in the file meet those of the network."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        return compare_names(self.found.entries, {canonical_name(name): shape for name, shape in shapes.items()})
+
+
+def canonical_name(ours: str) -> str:
+    """The name under which a parameter of ours stands in `Recognized.entries`."""
+    return ours.removeprefix("network.") if ours.startswith("network.") else dit_name(ours)
+
+
+def find_part(path: str | Path, wanted: str | None = None) -> Part:
+    """Open a weights file, or the folder of a network or a whole checkpoint, and tell what it is.
+
+    Args:
+        wanted: the part that must be there; a folder is searched for it.
+    Raises:
+        CheckpointError: if it is missing, damaged, or something else.
+    """
+    path = Path(path)
+    if path.is_dir() and wanted in OFFICIAL_FILES:
+        path = next((path / name for name in OFFICIAL_FILES[wanted] if (path / name).exists()), path)
+    part = describe(_open_folder(path, wanted) if path.is_dir() else _open_file(path))
+    if wanted and part.kind != wanted:
+        raise CheckpointError(f"{path} is a {PART_LABELS[part.kind]}, not a {PART_LABELS[wanted]}. Choose another file.")
+    return part
+
+
+def describe(weights: Weights) -> Part:
+    """Tell what opened weights are and how big their network is.
+
+    Raises:
+        CheckpointError: if they are of another model, or lack tensors that show its sizes.
+    """
+    found = recognize(weights)
+    try:
+        return Part(weights, found, _dit_config(weights, found) if found.part == DIT else _encoder_config(weights, found))
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"{weights.path} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
+        ) from error
+
+
+def _open_folder(folder: Path, wanted: str | None) -> Weights:
+    if any(folder.glob(f"{DIT_STEM}*")):
+        return open_shards(folder, DIT_STEM)
+    if any(folder.glob("model*.safetensors*")):
+        return open_shards(folder, "model")
+    if (folder / "pytorch_model.bin").is_file():
+        return open_weights(folder / "pytorch_model.bin")
+    looked = ", ".join((*OFFICIAL_FILES.get(wanted, ()), f"{DIT_STEM}*.safetensors", "model.safetensors"))
+    raise CheckpointError(f"{folder} holds no weights. Looked for: {looked}. Point to the folder that has them.")
+
+
+def _open_file(path: Path) -> Weights:
+    if shard := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name):
+        raise CheckpointError(f"{path} is one of {int(shard[1])} shards. Point to its folder, which holds all of them.")
+    return open_weights(path)
+
+
+def _dit_config(weights: Weights, found: Recognized) -> S2VModelConfig:
+    """From the folder's config.json; for a file from its metadata, a JSON beside it, or its shapes."""
+    beside = weights.path.with_suffix(".json")
+    if weights.path.is_dir():
+        official = read_json(weights.path / "config.json")
+    elif "config" in weights.metadata:
+        official = json.loads(weights.metadata["config"])
+    elif beside.is_file():
+        official = read_json(beside).get("config", {})
+    else:
+        return infer_dit_config(found.shapes())
+    return replace(dit_config(official), audio_layers=found.shapes()["casual_audio_encoder.weights"][1])
+
+
+def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
+    shapes = found.shapes()
+    if found.part == VAE:
+        return {"width": shapes["encoder.conv_in.weight"][0], "latent_channels": shapes["post_quant_conv.weight"][0]}
+    if found.part == TEXT_ENCODER:
+        return infer_text_sizes(shapes)
+    config_file = weights.files[0].parent / "config.json"
+    if weights.files[0].stem in TRANSFORMERS_STEMS and config_file.is_file():
+        return {key: value for key, value in read_json(config_file).items() if key not in SPEECH_NOTES}
+    return infer_speech_settings(shapes)
+
+
+def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Give a network on the meta device its weights, one tensor at a time.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+    """
+    report = part.compare(network)
+    if report.missing or report.wrong_shape:
+        what = "lacks" if report.missing else "has other shapes for"
+        names = report.missing or report.wrong_shape
+        raise CheckpointError(
+            f"{part.weights.path} {what} {len(names)} of {report.wanted} tensors, such as {names[0]}. "
+            "The file is incomplete or its config is another model's: download both again."
+        )
+    if report.unexpected:
+        log.warning(
+            "%s: %d tensors are not used, such as %s", part.weights.path, len(report.unexpected), report.unexpected[0]
+        )
+    keeps = getattr(network, "keeps_full_precision", lambda name: False)
+    for name in list(network.state_dict()):
+        if (theirs := canonical_name(name)) in TIED_TEXT_NAMES:
+            continue
+        value = read_weight(part.found.entries, theirs)
+        _place(network, name, value.to(device, torch.float32 if keeps(name) else dtype))
+    network.requires_grad_(False).eval()
+    assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
+    log.info("%s: %d tensors as %s on %s", part.weights.path, report.matched, dtype, device)
+
+
+def _place(network: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    if name == "network.shared.weight":  # umT5 looks its tokens up through a second name
+        network.network.encoder.embed_tokens.weight = network.network.shared.weight
+
+
+def load_transformer(path: str | Path, dtype=torch.bfloat16, device="cpu") -> S2VTransformer:
+    """The S2V DiT from an official folder or a single file."""
+    part = find_part(path, DIT)
+    network = part.build()
+    fill(network, part, dtype, device)
+    return network
+
+
+def load_vae(path: str | Path, dtype=torch.float32, device="cpu") -> VideoVAE:
+    """The video VAE from an official folder or a single file."""
+    part = find_part(path, VAE)
+    network = part.build()
+    fill(network, part, dtype, device)
+    return network
+
+
+def load_audio_encoder(path: str | Path, dtype=torch.float32, device="cpu") -> SpeechEncoder:
+    """wav2vec 2.0 from an official folder, its own folder or a single file."""
+    part = find_part(path, SPEECH_ENCODER)
+    network = part.build()
+    fill(network, part, dtype, device)
+    return network
+
+
+def load_text_encoder(path: str | Path, dtype=torch.bfloat16, device="cpu") -> TextEncoder:
+    """umT5 with its tokenizer, from an official folder or a single file.
+
+    Raises:
+        CheckpointError: also if no tokenizer comes with it.
+    """
+    part = find_part(path, TEXT_ENCODER)
+    tokenizer = find_tokenizer(part)
+    network = part.build()
+    fill(network, part, dtype, device)
+    network.tokenizer = tokenizer
+    return network
+
+
+def find_tokenizer(part: Part) -> Tokenizer:
+    """The tokenizer inside a umT5 file, or beside it."""
+    entries: Mapping = part.found.entries
+    if TOKENIZER_TENSOR in entries:
+        model = entries[TOKENIZER_TENSOR].read().to(torch.uint8).numpy().tobytes()
+        return tokenizer_from_sentencepiece(model, str(part.weights.path))
+    return tokenizer_from_folder(part.weights.files[0].parent / TOKENIZER_FOLDER)

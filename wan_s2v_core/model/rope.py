@@ -1,0 +1,82 @@
+"""3D rotary position embedding for noisy, reference and motion tokens.
+
+Tables are made once per shape in float64 on the CPU and kept as complex64; nothing in a forward pass is float64.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..geometry import MOTION_BUCKETS, PATCH, REFERENCE_TIME
+
+THETA = 10000.0
+
+
+def axis_widths(head_width: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with time, row and column: 44, 42, 42 of 128."""
+    side = 2 * (head_width // 6)
+    return head_width - 2 * side, side, side
+
+
+def segment_positions(start: int, extent: tuple[int, int, int], counts: tuple[int, int, int]) -> np.ndarray:
+    """Time, row and column of every token of one segment, in frame, row, column order.
+
+    Args:
+        start: first time position; negative for motion, whose times run from `start` towards zero.
+        extent: the frames, rows and columns that the segment spans.
+        counts: how many tokens it has along each of them.
+    Returns:
+        L 3, integers as float64. Truncated from float64 steps as in the reference: exact integer division differs
+        for a few sizes.
+    """
+    spans = ((start, start + extent[0] - 1), (0, extent[1] - 1), (0, extent[2] - 1))
+    axes = (np.trunc(np.linspace(first, last, count)) for (first, last), count in zip(spans, counts, strict=True))
+    return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=-1)
+
+
+def packed_motion_positions(rows: int, columns: int) -> np.ndarray:
+    """Positions of the packed motion tokens, newest bucket first. `rows` and `columns` count tokens."""
+    parts, newest = [], 0
+    for level, latent_frames in enumerate(MOTION_BUCKETS):  # level n packs 2^n x 2^n tokens into one
+        oldest = newest - latent_frames
+        steps = latent_frames >> level
+        sides = (PATCH * rows // (PATCH << level), PATCH * columns // (PATCH << level))
+        # Two latent frames of the middle bucket become one token at the older of the two.
+        parts.append(segment_positions(oldest, (latent_frames, rows, columns), (steps, *sides)))
+        newest = oldest
+    return np.concatenate(parts)
+
+
+@lru_cache(maxsize=16)
+def rotary_table(
+    head_width: int, latent_frames: int, rows: int, columns: int, motion_latent_frames: int, packs_motion: bool
+) -> Tensor:
+    """Rotations of all tokens of a clip: noisy, reference, motion (none when `motion_latent_frames` is 0).
+
+    Args:
+        rows, columns: size of the token grid, half of the latent size.
+    Returns:
+        L D/2, complex64 on the CPU.
+    """
+    positions = [
+        segment_positions(0, (latent_frames, rows, columns), (latent_frames, rows, columns)),
+        segment_positions(REFERENCE_TIME, (1, rows, columns), (1, rows, columns)),
+    ]
+    if motion_latent_frames and packs_motion:
+        positions.append(packed_motion_positions(rows, columns))
+    elif motion_latent_frames:
+        shape = (motion_latent_frames, rows, columns)
+        positions.append(segment_positions(-motion_latent_frames, shape, shape))
+    angles = [  # L width/2 for each axis, which has a frequency ladder of its own
+        np.concatenate(positions)[:, axis, None] * THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        for axis, width in enumerate(axis_widths(head_width))
+    ]
+    return torch.from_numpy(np.exp(1j * np.concatenate(angles, axis=1))).to(torch.complex64)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs by `rope`. B L N D, L D/2 -> B L N D in the precision of `x`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)

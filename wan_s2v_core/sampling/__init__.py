@@ -1,0 +1,1 @@
+"""From noise to latents. Knows a model only as a Denoiser."""

@@ -1,0 +1,81 @@
+"""All clips of a video: noise, denoise, decode, and the motion that the next clip starts from.
+
+Source: Wan2.2 speech2video.py at 42bf4cf (Apache-2.0), rewritten. Motion passes from clip to clip as float pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..geometry import FIRST_CLIP_SKIP, ClipGeometry
+
+START_PICTURE_FRAMES = 6
+"""Frames at the end of the motion video that show the reference picture when a video starts from it."""
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """What the caller needs to denoise clip `index`."""
+
+    index: int
+    noise: Tensor
+    """B C F h w."""
+    reference_latents: Tensor
+    """B C 1 h w."""
+    motion_latents: Tensor | None
+    """B C F h w; None where the clip has no past."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A finished clip."""
+
+    index: int
+    latents: Tensor
+    """B C F h w, as sampled."""
+    video: Tensor
+    """B 3 T H W in [-1, 1]: the frames that this clip adds to the video."""
+    motion_video: Tensor
+    """B 3 T H W in [-1, 1]: the motion frames that the next clip starts from."""
+
+
+def clip_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.device | str) -> Tensor:
+    """Float32 noise of one clip from a CPU generator seeded with seed + index: the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)).to(device)
+
+
+def generate_clips(
+    sample: Callable[[ClipTask], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    geometry: ClipGeometry,
+    noises: Iterator[Tensor],
+    starts_from_reference: bool = False,
+) -> Iterator[Clip]:
+    """Yield clip after clip, each as soon as it is decoded.
+
+    Args:
+        sample: denoises one clip, B C F h w.
+        encode, decode: the VAE, pixels B 3 T H W in [-1, 1] and latents B C F h w.
+        reference: B 3 1 H W in [-1, 1].
+        noises: one per clip; their number is the number of clips.
+        starts_from_reference: the first clip continues from the picture instead of being free.
+    """
+    reference_latents = encode(reference)
+    motion_video = reference.new_zeros(*reference.shape[:2], geometry.motion_frames, *reference.shape[3:])  # mid grey
+    if starts_from_reference:
+        motion_video[:, :, -START_PICTURE_FRAMES:] = reference
+    for index, noise in enumerate(noises):
+        is_free = index == 0 and not starts_from_reference
+        motion_latents = None if is_free else encode(motion_video)
+        latents = sample(ClipTask(index, noise, reference_latents, motion_latents))
+        # Behind the picture or the past, no frame is the VAE's first, which it blurs.
+        lead_in = reference_latents if is_free else motion_latents
+        video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -geometry.clip_frames :]
+        if is_free:
+            video = video[:, :, FIRST_CLIP_SKIP:]
+        motion_video = torch.cat([motion_video, video], dim=2)[:, :, -geometry.motion_frames :]
+        yield Clip(index, latents, video, motion_video)
