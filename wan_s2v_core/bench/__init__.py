@@ -1,0 +1,1 @@
+"""Measuring: random weights at real size, and what is timed with them."""
