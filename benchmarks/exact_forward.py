@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.bench.random_weights import fill_random  # noqa: E402
 from wan_s2v_core.config import S2VModelConfig  # noqa: E402
-from wan_s2v_core.model.attention import sdpa  # noqa: E402
+from wan_s2v_core.model.attention import EXACT_BACKENDS, sdpa  # noqa: E402
 from wan_s2v_core.model.block import Pointwise  # noqa: E402
 from wan_s2v_core.model.checkpoint import dit_name  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer  # noqa: E402
@@ -195,7 +196,7 @@ def measure_error(config: S2VModelConfig, width_px: int, height_px: int) -> dict
 
 
 def comfyui_forward(checkout: Path, model: S2VTransformer, config: S2VModelConfig, inputs: ClipInputs, noise):
-    """ComfyUI's native port on the very same weights, in its usual bfloat16."""
+    """ComfyUI's native port on the very same weights, in its usual bfloat16, with cuDNN attention as here."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     import comfy.ops
@@ -207,6 +208,7 @@ def comfyui_forward(checkout: Path, model: S2VTransformer, config: S2VModelConfi
             dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init,
         )  # fmt: skip
     weights = {dit_name(name): tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    weights |= {name: weights[name].float() for name in ("patch_embedding.weight", "patch_embedding.bias")}
     port.load_state_dict(weights, assign=True)
     to = torch.bfloat16
     context = F.pad(inputs.text, (0, 0, 0, config.text_tokens - inputs.text.shape[1])).to(to)
@@ -217,7 +219,12 @@ def comfyui_forward(checkout: Path, model: S2VTransformer, config: S2VModelConfi
         "reference_motion": inputs.motion_latents.to(to),
     }
     timestep = torch.tensor([TIMESTEP], device="cuda")
-    return lambda: port(noise.to(to), timestep, context, **keywords)
+
+    def forward():
+        with sdpa_kernel(EXACT_BACKENDS, set_priority=True):  # ComfyUI sets it on Windows only; without, it is slower
+            return port(noise.to(to), timestep, context, **keywords)
+
+    return forward
 
 
 def measure_size(model: S2VTransformer, width_px: int, height_px: int, comfyui: Path | None) -> dict:

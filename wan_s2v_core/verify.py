@@ -69,6 +69,12 @@ class Result:
     passed: bool
     reason: str = ""
 
+    def line(self) -> str:
+        """For people: verdict, what, how far, and why if it failed."""
+        verdict, error = "ok  " if self.passed else "FAIL", "-" if self.error is None else f"{self.error:.2e}"
+        text = f"{verdict} {self.case} {self.quantity}: {self.metric} {error} (limit {self.bound:.0e})"
+        return f"{text}; {self.reason}" if self.reason else text
+
     def to_dict(self) -> dict:
         values = asdict(self)
         values["pass"] = values.pop("passed")
@@ -159,7 +165,8 @@ def run_dit_forward(case: Case) -> Measured:
     if (vectors := taps["tap.audio_global_full"]) is not None:
         taps["tap.audio_global_full"] = vectors[:, :, None]
     for name in BOUNDS["dit_forward"]:
-        yield name, name, taps[name], case[name]
+        if taps[name] is not None:  # models without audio modulation have no global path
+            yield name, name, taps[name], case[name]
 
 
 def run_sampler(case: Case) -> Measured:
@@ -184,9 +191,9 @@ def run_audio(case: Case) -> Measured:
     yield "feat_30fps", "feat_30fps", features, stored
     for name, combo in facts["combos"].items():
         frames, fps = combo["batch_frames"], combo["fps"]
-        indices = frame_indices(stored.shape[1], combo["num_repeat"] * frames, fps)
+        indices = frame_indices(stored.shape[1], combo["num_repeat"] * frames, fps, facts["video_rate"])
         yield "indices", f"{name}.indices", torch.from_numpy(indices), case[f"{name}.indices"]
-        bucket = audio_embeddings(stored, combo["num_repeat"], frames, fps, combo["m"])
+        bucket = audio_embeddings(stored, combo["num_repeat"], frames, fps, combo["m"], facts["video_rate"])
         yield "buckets_from_stored_features", f"{name}.bucket", bucket, case[f"{name}.bucket"]
 
 
@@ -220,7 +227,7 @@ def run_pipeline(case: Case) -> Measured:
         steps=settings["sampling_steps"],
         shift=settings["shift"],
         solver=settings["sample_solver"],
-        guidance_scale=settings["guide_scale"],
+        guidance_scale=max(1.0, settings["guide_scale"]),  # the reference turns guidance off at 1 and below
     )
     prompts = Prompts(case["in.context"][None], case["in.context_null"][None])
     voice = case["in.audio_bucket"].split(geometry.clip_frames, dim=-1)
@@ -308,7 +315,8 @@ def find_cases(root: Path) -> list[Path]:
     tensors = {
         path
         for path in root.rglob("*.safetensors")
-        if path.with_suffix(".json").is_file() or not (path.parent / "config.json").is_file()
+        if path.with_suffix(".json").is_file()
+        or not (path.stem.startswith("model") and (path.parent / "config.json").is_file())
     }
     sidecars = {path.with_suffix(".safetensors") for path in root.rglob("*.json") if _has_id(path)}
     return sorted(tensors | sidecars)

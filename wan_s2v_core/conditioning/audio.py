@@ -37,18 +37,20 @@ def frame_indices(feature_frames: int, video_frames: int, fps: float, rate: int 
     return np.clip(np.round(times * rate).astype(np.int64), 0, feature_frames + padding - 1)
 
 
-def audio_embeddings(features: Tensor, clips: int, clip_frames: int, fps: float, neighbours: int = 0) -> Tensor:
+def audio_embeddings(
+    features: Tensor, clips: int, clip_frames: int, fps: float, neighbours: int = 0, rate: int = FEATURE_RATE
+) -> Tensor:
     """One embedding per video frame for `clips` clips.
 
     Args:
-        features: A T E at 30 Hz.
+        features: A T E at `rate`.
         neighbours: feature frames taken along on either side of each, at the distance of about a video frame.
     Returns:
         1 A E(2 neighbours + 1) T with T = clips * clip_frames; zeros past the end of the recording.
     """
     layers, frames, width = features.shape
-    picked = torch.from_numpy(frame_indices(frames, clips * clip_frames, fps)).to(features.device)
-    spacing = int(FEATURE_RATE / fps)
+    picked = torch.from_numpy(frame_indices(frames, clips * clip_frames, fps, rate)).to(features.device)
+    spacing = int(rate / fps)
     offsets = torch.arange(-neighbours, neighbours + 1, device=features.device) * spacing
     windows = (picked[:, None] + offsets).clamp(0, frames - 1)  # T W
     embeddings = features[:, windows].masked_fill((picked >= frames)[None, :, None, None], 0.0)  # A T W E

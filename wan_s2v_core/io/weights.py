@@ -9,7 +9,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,9 +67,6 @@ class Weights:
         """How many tensors have which type."""
         return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()))
 
-    def select(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.entries[name].read() for name in names}
-
 
 def open_weights(path: str | Path) -> Weights:
     """Open one weights file.
@@ -125,7 +122,8 @@ def open_shards(folder: Path, stem: str) -> Weights:
             f"{index.name} promises {len(lost)} tensors that no shard holds, such as {lost[0]}. "
             "Index and shards are of different downloads: fetch all of them again."
         )
-    return Weights(folder, entries, parts[0].metadata, "sharded safetensors", tuple(folder / name for name in names))
+    layout = "safetensors" if len(names) == 1 else f"safetensors in {len(names)} shards"
+    return Weights(folder, entries, parts[0].metadata, layout, tuple(folder / name for name in names))
 
 
 def _read_index(index: Path) -> dict[str, str]:

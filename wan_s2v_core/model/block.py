@@ -14,7 +14,8 @@ class Pointwise:
     """The memory-bound steps between the products, one at a time. The seam for fused kernels.
 
     The stream of tokens is float32; what enters a product is in the compute precision. Shifts, scales and gates
-    have two rows, one for noisy tokens and one for the others.
+    have two rows, one for noisy tokens and one for the others. The others are few: doing all tokens with the first
+    row and then these again costs less than putting two parts together.
     """
 
     rotate = staticmethod(rotate)
@@ -22,17 +23,22 @@ class Pointwise:
     @staticmethod
     def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:
         """LayerNorm(x) * (1 + scale) + shift. x: B L E; shift, scale: B S E -> B L E in the compute precision."""
-        parts = (
-            modulate(F.layer_norm(part, part.shape[-1:], eps=eps), shift[:, row, None], scale[:, row, None])
-            for row, part in enumerate(context.segments(x))
-        )
-        return torch.cat([part.to(context.dtype) for part in parts], dim=1)
+        out = norm_rows(x, shift[:, 0], scale[:, 0], eps).to(context.dtype)
+        context.segments(out)[1].copy_(norm_rows(context.segments(x)[1], shift[:, 1], scale[:, 1], eps))
+        return out
 
     @staticmethod
     def gated_add(x: Tensor, y: Tensor, gate: Tensor, context: BlockContext) -> Tensor:
         """x + gate * y. x, y: B L E; gate: B S E -> B L E in float32."""
-        parts = zip(context.segments(x), context.segments(y), gate.unbind(1), strict=True)
-        return torch.cat([torch.addcmul(a, b, row[:, None]) for a, b, row in parts], dim=1)
+        out = torch.addcmul(x, y, gate[:, :1])
+        context.segments(out)[1].copy_(torch.addcmul(context.segments(x)[1], context.segments(y)[1], gate[:, 1:]))
+        return out
+
+
+def norm_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift as the norm's own weight and bias. x: B L E; shift, scale: B E -> B L E."""
+    rows = [F.layer_norm(t, t.shape[-1:], 1 + a, b, eps) for t, a, b in zip(x.split(1), scale, shift, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

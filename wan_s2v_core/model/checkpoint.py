@@ -7,6 +7,7 @@ transformers' names.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,14 +17,29 @@ from ..config import S2VModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..io.weights import WeightEntry, Weights
 
-Rules = tuple[tuple[str, str], ...]
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 """(regular expression, replacement) pairs; all of them are applied, in order."""
+Shape = Callable[[str], tuple[int, ...]]
+"""Name in our network -> shape of that tensor in the file; KeyError if the file has none."""
 
 
 def rename(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def has(shape: Shape, name: str) -> bool:
+    try:
+        shape(name)
+    except KeyError:
+        return False
+    return True
+
+
+def count_layers(shape: Shape, pattern: str) -> int:
+    """How many of `pattern` with 0, 1, 2 ... there are."""
+    return next(index for index in count() if not has(shape, pattern.format(index)))
 
 
 # --- the DiT -----------------------------------------------------------------------------------------------------
@@ -125,94 +141,96 @@ def official_dit_config(config: S2VModelConfig) -> dict[str, Any]:
     return fixed | values | {"_class_name": "WanModel_S2V", "model_type": "s2v", "out_dim": config.latent_channels}
 
 
-def infer_dit_config(shapes: Mapping[str, tuple[int, ...]]) -> S2VModelConfig:
-    """Sizes from official names and shapes, for single files that carry no config.
+def infer_dit_config(shape: Shape) -> S2VModelConfig:
+    """Sizes from shapes, for single files that carry no config.
 
     Heads are 128 wide and injectors sit where the 14B model has them, which shapes cannot show.
 
     Raises:
         CheckpointError: if that cannot be.
     """
-    width, audio_width, _ = shapes["casual_audio_encoder.encoder.conv1_local.conv.weight"]
-    injectors = 1 + max(int(n[1]) for k in shapes if (n := re.match(r"audio_injector\.injector\.(\d+)\.", k)))
-    blocks = 1 + max(int(n[1]) for k in shapes if (n := re.match(r"blocks\.(\d+)\.", k)))
     released = S2VModelConfig()
+    audio_tokens_width, audio_width, _ = shape("audio_encoder.local_in.weight")
+    hidden, width = shape("stack.blocks.0.feed_forward.up.weight")
+    blocks = count_layers(shape, "stack.blocks.{}.modulation")
+    injectors = count_layers(shape, "stack.injectors.{}.attention.q.weight")
     if width % released.head_width or blocks != released.blocks or injectors != len(released.injected_blocks):
         raise CheckpointError(
             f"this S2V file has {blocks} blocks of width {width} with {injectors} audio injectors and no config. "
             f"Only the 14B layout ({released.blocks} blocks, {len(released.injected_blocks)} injectors) can be read "
             "without one: use the folder with its config.json."
         )
-    first = shapes["blocks.0.ffn.0.weight"]
-    pose = shapes.get("cond_encoder.weight")
     return S2VModelConfig(
         width=width,
-        feed_forward_width=first[0],
+        feed_forward_width=hidden,
         heads=width // released.head_width,
         blocks=blocks,
-        latent_channels=shapes["patch_embedding.weight"][1],
-        pose_channels=pose[1] if pose else 0,
-        text_width=shapes["text_embedding.0.weight"][1],
-        time_width=shapes["time_embedding.0.weight"][1],
+        latent_channels=shape("patch_embedding.weight")[1],
+        pose_channels=shape("pose_embedding.weight")[1] if has(shape, "pose_embedding.weight") else 0,
+        text_width=shape("text_embedding.0.weight")[1],
+        time_width=shape("time_embedding.0.weight")[1],
         audio_width=audio_width,
-        audio_layers=shapes["casual_audio_encoder.weights"][1],
-        audio_tokens=width // shapes["casual_audio_encoder.encoder.conv2.conv.weight"][1],
-        modulates_audio="casual_audio_encoder.encoder.final_linear.weight" in shapes,
-        packs_motion="frame_packer.proj.weight" in shapes,
+        audio_layers=audio_layers(shape),
+        audio_tokens=audio_tokens_width // shape("audio_encoder.middle.weight")[1],
+        modulates_audio=has(shape, "audio_encoder.global_out.weight"),
+        packs_motion=has(shape, "motion_packer.near.weight"),
     )
+
+
+def audio_layers(shape: Shape) -> int:
+    """Layers of the speech model that the DiT mixes; no config.json says it."""
+    return shape("audio_encoder.layer_weights")[1]
 
 
 # --- the VAE -----------------------------------------------------------------------------------------------------
 
-RESIDUAL = {"0.gamma": "norm1.gamma", "2.weight": "conv1.weight", "2.bias": "conv1.bias"}
-RESIDUAL |= {"3.gamma": "norm2.gamma", "6.weight": "conv2.weight", "6.bias": "conv2.bias"}
-UPSAMPLERS = 4
+UPSAMPLES_PER_LEVEL = 4
 """Entries per level of the official decoder: three residual blocks and an upsampler."""
+RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+RESIDUAL |= {"conv_shortcut": "shortcut"}
+VAE_RULES: Rules = (  # diffusers' AutoencoderKLWan -> official
+    (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", lambda found: _upsample(int(found[1]), int(found[2]))),
+    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", lambda found: _upsample(int(found[1]), UPSAMPLES_PER_LEVEL - 1)),
+    (r"^encoder\.down_blocks\.", "encoder.downsamples."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"(?<=\d\.)(norm1|conv1|norm2|conv2|conv_shortcut)\.", lambda found: RESIDUAL[found[1]] + "."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+)
 
 
-def vae_name(official: str) -> str:
-    """A name of the official Wan 2.1 VAE as diffusers' AutoencoderKLWan spells it; its own names pass unchanged."""
-    name = re.sub(r"\.residual\.(.+)$", lambda found: "." + RESIDUAL.get(found[1], found[0]), official)
-    name = re.sub(
-        r"^decoder\.upsamples\.(\d+)\.(?:(resample|time_conv)\.)?",
-        lambda found: _up_block(int(found[1])) + (f"{found[2]}." if found[2] else ""),
-        name,
-    )
-    return rename(
-        name,
-        (
-            (r"^encoder\.downsamples\.", "encoder.down_blocks."),
-            (r"\.shortcut\.", ".conv_shortcut."),
-            (r"\.middle\.0\.", ".mid_block.resnets.0."),
-            (r"\.middle\.1\.", ".mid_block.attentions.0."),
-            (r"\.middle\.2\.", ".mid_block.resnets.1."),
-            (r"\.head\.0\.gamma$", ".norm_out.gamma"),
-            (r"\.head\.2\.", ".conv_out."),
-            (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-            (r"^conv1\.", "quant_conv."),
-            (r"^conv2\.", "post_quant_conv."),
-        ),
-    )
+def _upsample(level: int, place: int) -> str:
+    return f"decoder.upsamples.{UPSAMPLES_PER_LEVEL * level + place}."
 
 
-def _up_block(index: int) -> str:
-    level, place = divmod(index, UPSAMPLERS)
-    inside = "upsamplers.0" if place == UPSAMPLERS - 1 else f"resnets.{place}"
-    return f"decoder.up_blocks.{level}.{inside}."
+def vae_name(diffusers: str) -> str:
+    """The official name of one of AutoencoderKLWan's parameters."""
+    return rename(diffusers, VAE_RULES)
+
+
+def infer_vae_sizes(shape: Shape) -> dict[str, int]:
+    """Arguments of VideoVAE."""
+    return {"width": shape("encoder.conv_in.weight")[0], "latent_channels": shape("post_quant_conv.weight")[0]}
 
 
 # --- umT5 --------------------------------------------------------------------------------------------------------
 
-TEXT_RULES: Rules = (  # official -> transformers; its own names pass unchanged
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+TEXT_RULES: Rules = (  # transformers' UMT5EncoderModel -> official
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+    (r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+    (r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
+    (r"^(blocks\.\d+)\.attn\.relative_attention_bias\.", r"\1.pos_embedding.embedding."),
+    (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.", r"blocks.\1.ffn."),
+    (r"\.ffn\.wi_0\.", ".ffn.gate.0."),
+    (r"\.ffn\.wi_1\.", ".ffn.fc1."),
+    (r"\.ffn\.wo\.", ".ffn.fc2."),
 )
 TOKENIZER_TENSOR = "spiece_model"
 """Where ComfyUI's umT5 files keep their sentencepiece model."""
@@ -220,59 +238,80 @@ TIED_TEXT_NAMES = ("encoder.embed_tokens.weight",)
 """The same tensor as `shared.weight`; some files hold it twice."""
 
 
-def text_encoder_name(official: str) -> str:
-    return rename(official, TEXT_RULES)
+def text_encoder_name(transformers: str) -> str:
+    """The official name of one of UMT5EncoderModel's parameters."""
+    return rename(transformers, TEXT_RULES)
 
 
-def infer_text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Arguments of UMT5Config from transformers' names and shapes."""
-    inside = "encoder.block.0.layer.{}."
-    bias = shapes[inside.format(0) + "SelfAttention.relative_attention_bias.weight"]
+def infer_text_sizes(shape: Shape) -> dict[str, int]:
+    """Arguments of UMT5Config."""
+    attention, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    buckets, heads = shape(attention + "relative_attention_bias.weight")
+    vocabulary, width = shape("shared.weight")
     return {
-        "vocab_size": shapes["shared.weight"][0],
-        "d_model": shapes["shared.weight"][1],
-        "d_kv": shapes[inside.format(0) + "SelfAttention.q.weight"][0] // bias[1],
-        "d_ff": shapes[inside.format(1) + "DenseReluDense.wi_0.weight"][0],
-        "num_layers": 1 + max(int(n[1]) for k in shapes if (n := re.match(r"encoder\.block\.(\d+)\.", k))),
-        "num_heads": bias[1],
-        "relative_attention_num_buckets": bias[0],
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": shape(attention + "q.weight")[0] // heads,
+        "d_ff": shape(dense + "wi_0.weight")[0],
+        "num_layers": count_layers(shape, "encoder.block.{}.layer.0.layer_norm.weight"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
     }
 
 
 # --- wav2vec 2.0 -------------------------------------------------------------------------------------------------
 
-SPEECH_RULES: Rules = (  # files of all ages -> transformers with parametrized weight norm
-    (r"^wav2vec2\.", ""),
-    (r"\.pos_conv_embed\.conv\.weight_g$", ".pos_conv_embed.conv.parametrizations.weight.original0"),
-    (r"\.pos_conv_embed\.conv\.weight_v$", ".pos_conv_embed.conv.parametrizations.weight.original1"),
+SPEECH_PREFIX = "wav2vec2."
+"""Files of models made for transcription keep the encoder under this name."""
+OLD_WEIGHT_NORM: Rules = (  # transformers -> files older than PyTorch's parametrizations
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
 )
-SPEECH_EXTRAS = re.compile(r"^(lm_head|quantizer|project_q|project_hid|dropout|masked_spec_embed)\b")
+POSITION = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+SPEECH_EXTRAS = re.compile(r"^(wav2vec2\.)?(lm_head|quantizer|project_q|project_hid|masked_spec_embed)\b")
 """Parts of a wav2vec 2.0 file that only training and transcription use."""
+SPEECH_SETTINGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "conv_dim",
+    "conv_kernel",
+    "conv_stride",
+    "conv_bias",
+    "feat_extract_norm",
+    "feat_extract_activation",
+    "do_stable_layer_norm",
+    "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+)
+"""Entries of a wav2vec 2.0 config.json that describe the network."""
 
 
-def speech_encoder_name(foreign: str) -> str:
-    return rename(foreign, SPEECH_RULES)
+def speech_naming(entries: Mapping[str, WeightEntry]) -> Callable[[str], str]:
+    """transformers' names -> those of this file."""
+    prefix = SPEECH_PREFIX if any(name.startswith(SPEECH_PREFIX) for name in entries) else ""
+    rules = () if prefix + POSITION in entries else OLD_WEIGHT_NORM
+    return lambda name: prefix + rename(name, rules)
 
 
-def infer_speech_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Arguments of Wav2Vec2Config from names and shapes: heads are 64 wide, as in all released models."""
-    convs = sorted(
-        (int(n[1]), shape)
-        for k, shape in shapes.items()
-        if (n := re.match(r"feature_extractor\.conv_layers\.(\d+)\.conv\.weight$", k))
-    )
-    hidden = shapes["encoder.layer_norm.weight"][0]
-    position = shapes["encoder.pos_conv_embed.conv.parametrizations.weight.original1"]
-    every_layer_normed = "feature_extractor.conv_layers.1.layer_norm.weight" in shapes
+def infer_speech_settings(shape: Shape) -> dict[str, Any]:
+    """Arguments of Wav2Vec2Config from shapes: heads are 64 wide, as in all released models."""
+    conv = "feature_extractor.conv_layers.{}.conv.weight"
+    convs = [shape(conv.format(index)) for index in range(count_layers(shape, conv))]
+    hidden, position = shape("encoder.layer_norm.weight")[0], shape(POSITION)
+    every_layer_normed = has(shape, "feature_extractor.conv_layers.1.layer_norm.weight")
     return {
         "hidden_size": hidden,
         "num_attention_heads": max(1, hidden // 64),
-        "num_hidden_layers": 1 + max(int(n[1]) for k in shapes if (n := re.match(r"encoder\.layers\.(\d+)\.", k))),
-        "intermediate_size": shapes["encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
-        "conv_dim": [shape[0] for _, shape in convs],
-        "conv_kernel": [shape[2] for _, shape in convs],
+        "num_hidden_layers": count_layers(shape, "encoder.layers.{}.layer_norm.weight"),
+        "intermediate_size": shape("encoder.layers.0.feed_forward.intermediate_dense.weight")[0],
+        "conv_dim": [size[0] for size in convs],
+        "conv_kernel": [size[2] for size in convs],
         "conv_stride": [5] + [2] * (len(convs) - 1),
-        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in shapes,
+        "conv_bias": has(shape, "feature_extractor.conv_layers.0.conv.bias"),
         "feat_extract_norm": "layer" if every_layer_normed else "group",
         "do_stable_layer_norm": every_layer_normed,
         "num_conv_pos_embeddings": position[2],
@@ -321,6 +360,7 @@ def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
 # --- telling files apart -----------------------------------------------------------------------------------------
 
 DIT, VAE, TEXT_ENCODER, SPEECH_ENCODER = "dit", "vae", "text_encoder", "audio_encoder"
+VAE_CHANNELS = 16
 PART_LABELS = {
     DIT: "S2V DiT",
     VAE: "Wan 2.1 VAE",
@@ -353,17 +393,16 @@ def _channels(entries: Mapping[str, WeightEntry]) -> int | None:
 
 @dataclass(frozen=True)
 class Recognized:
-    """What a weights file is: which part, in whose spelling, and its entries under canonical names.
-
-    Canonical are the official names for the DiT, diffusers' for the VAE and transformers' for both encoders.
-    """
+    """What a weights file is: which part, in whose spelling, and how to find a parameter of ours in it."""
 
     part: str
     spelling: str
     entries: dict[str, WeightEntry]
+    naming: Callable[[str], str]
+    """Name in our network -> name in `entries`."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self.entries.items()}
+    def shape(self, ours: str) -> tuple[int, ...]:
+        return self.entries[self.naming(ours)].shape
 
 
 def _strip_prefix(entries: Mapping[str, WeightEntry]) -> dict[str, WeightEntry]:
@@ -373,8 +412,8 @@ def _strip_prefix(entries: Mapping[str, WeightEntry]) -> dict[str, WeightEntry]:
     return dict(entries)
 
 
-def _renamed(entries: Mapping[str, WeightEntry], naming: Callable[[str], str]) -> dict[str, WeightEntry]:
-    return {naming(name): entry for name, entry in entries.items()}
+def same_name(name: str) -> str:
+    return name
 
 
 def recognize(weights: Weights) -> Recognized:
@@ -385,19 +424,18 @@ def recognize(weights: Weights) -> Recognized:
     """
     entries = _strip_prefix(weights.entries)
     if any(name.startswith("casual_audio_encoder.") for name in entries):
-        return Recognized(DIT, "ComfyUI" if is_quantized(entries) else "official", entries)
+        return Recognized(DIT, "ComfyUI" if is_quantized(entries) else "official", entries, dit_name)
     if "token_embedding.weight" in entries and "blocks.0.pos_embedding.embedding.weight" in entries:
-        return Recognized(TEXT_ENCODER, "official", _renamed(entries, text_encoder_name))
+        return Recognized(TEXT_ENCODER, "official", entries, text_encoder_name)
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in entries:  # T5 has it in block 0 only
-        return Recognized(TEXT_ENCODER, "ComfyUI" if TOKENIZER_TENSOR in entries else "transformers", entries)
-    if "encoder.downsamples.0.residual.0.gamma" in entries and "encoder.head.2.weight" in entries:
-        if entries["conv2.weight"].shape[0] == 16:
-            return Recognized(VAE, "official", _renamed(entries, vae_name))
-    elif "encoder.down_blocks.0.conv1.weight" in entries and "post_quant_conv.weight" in entries:
-        return Recognized(VAE, "diffusers", entries)
+        return Recognized(TEXT_ENCODER, "ComfyUI" if TOKENIZER_TENSOR in entries else "transformers", entries, same_name)
+    if "encoder.downsamples.0.residual.0.gamma" in entries and entries["conv2.weight"].shape[0] == VAE_CHANNELS:
+        return Recognized(VAE, "official", entries, vae_name)
+    if "encoder.down_blocks.0.conv1.weight" in entries and "post_quant_conv.weight" in entries:
+        return Recognized(VAE, "diffusers", entries, same_name)
     if any(name.endswith("feature_extractor.conv_layers.0.conv.weight") for name in entries):
-        kept = {k: v for k, v in _renamed(entries, speech_encoder_name).items() if not SPEECH_EXTRAS.match(k)}
-        return Recognized(SPEECH_ENCODER, "transformers", kept)
+        kept = {name: entry for name, entry in entries.items() if not SPEECH_EXTRAS.match(name)}
+        return Recognized(SPEECH_ENCODER, "transformers", kept, speech_naming(kept))
     for family, fits in OTHER_FAMILIES:
         if fits(entries):
             raise CheckpointError(f"{weights.path} is {family}. {_wanted()}")
@@ -424,11 +462,14 @@ class NameReport:
     wrong_shape: list[str]
 
 
-def compare_names(entries: Mapping[str, WeightEntry], wanted: Mapping[str, tuple[int, ...]]) -> NameReport:
-    """Compare canonical names and shapes; scales, tied copies and a tokenizer inside the file do not count."""
-    wanted = {name: shape for name, shape in wanted.items() if name not in TIED_TEXT_NAMES}
-    present = {n for n in entries if not is_scale(n) and n not in (TOKENIZER_TENSOR, *TIED_TEXT_NAMES)}
-    both = present & set(wanted)
-    wrong = sorted(n for n in both if entries[n].shape != wanted[n])
-    missing, unexpected = sorted(set(wanted) - present), sorted(present - set(wanted))
-    return NameReport(len(wanted), len(both) - len(wrong), missing, unexpected, wrong)
+def compare_names(found: Recognized, wanted: Mapping[str, tuple[int, ...]]) -> NameReport:
+    """Compare a file with the names and shapes of our network, reported under the file's names.
+
+    Scales, tied copies and a tokenizer inside the file do not count.
+    """
+    shapes = {found.naming(ours): shape for ours, shape in wanted.items() if ours not in TIED_TEXT_NAMES}
+    present = {n for n in found.entries if not is_scale(n) and n not in (TOKENIZER_TENSOR, *TIED_TEXT_NAMES)}
+    both = present & set(shapes)
+    wrong = sorted(name for name in both if found.entries[name].shape != shapes[name])
+    missing, unexpected = sorted(set(shapes) - present), sorted(present - set(shapes))
+    return NameReport(len(shapes), len(both) - len(wrong), missing, unexpected, wrong)

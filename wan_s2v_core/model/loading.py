@@ -19,6 +19,7 @@ from .checkpoint import (
     DIT,
     PART_LABELS,
     SPEECH_ENCODER,
+    SPEECH_SETTINGS,
     TEXT_ENCODER,
     TIED_TEXT_NAMES,
     TOKENIZER_TENSOR,
@@ -26,11 +27,12 @@ from .checkpoint import (
     NameReport,
     Recognized,
     compare_names,
+    audio_layers,
     dit_config,
-    dit_name,
     infer_dit_config,
     infer_speech_settings,
     infer_text_sizes,
+    infer_vae_sizes,
     read_weight,
     recognize,
 )
@@ -40,6 +42,8 @@ from .vae import VideoVAE
 
 log = logging.getLogger(__name__)
 
+WRAPPED = "network."
+"""Where our encoders and VAE keep the library's network."""
 DIT_STEM = "diffusion_pytorch_model"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 OFFICIAL_FILES = {
@@ -49,8 +53,7 @@ OFFICIAL_FILES = {
 }
 """Where an official folder keeps what is not the DiT."""
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
-SPEECH_NOTES = ("_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version")
-"""Entries of a wav2vec 2.0 config.json that do not describe the network."""
+"""File names beside which transformers keeps a config.json."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,8 @@ class Part:
 
     def compare(self, network: nn.Module) -> NameReport:
         """How the names and shapes in the file meet those of the network."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        return compare_names(self.found.entries, {canonical_name(name): shape for name, shape in shapes.items()})
-
-
-def canonical_name(ours: str) -> str:
-    """The name under which a parameter of ours stands in `Recognized.entries`."""
-    return ours.removeprefix("network.") if ours.startswith("network.") else dit_name(ours)
+        shapes = {name.removeprefix(WRAPPED): tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        return compare_names(self.found, shapes)
 
 
 def find_part(path: str | Path, wanted: str | None = None) -> Part:
@@ -145,20 +143,20 @@ def _dit_config(weights: Weights, found: Recognized) -> S2VModelConfig:
     elif beside.is_file():
         official = read_json(beside).get("config", {})
     else:
-        return infer_dit_config(found.shapes())
-    return replace(dit_config(official), audio_layers=found.shapes()["casual_audio_encoder.weights"][1])
+        return infer_dit_config(found.shape)
+    return replace(dit_config(official), audio_layers=audio_layers(found.shape))
 
 
 def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
-    shapes = found.shapes()
     if found.part == VAE:
-        return {"width": shapes["encoder.conv_in.weight"][0], "latent_channels": shapes["post_quant_conv.weight"][0]}
+        return infer_vae_sizes(found.shape)
     if found.part == TEXT_ENCODER:
-        return infer_text_sizes(shapes)
+        return infer_text_sizes(found.shape)
     config_file = weights.files[0].parent / "config.json"
     if weights.files[0].stem in TRANSFORMERS_STEMS and config_file.is_file():
-        return {key: value for key, value in read_json(config_file).items() if key not in SPEECH_NOTES}
-    return infer_speech_settings(shapes)
+        settings = read_json(config_file)
+        return {name: settings[name] for name in SPEECH_SETTINGS if name in settings}
+    return infer_speech_settings(found.shape)
 
 
 def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -181,9 +179,9 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
         )
     keeps = getattr(network, "keeps_full_precision", lambda name: False)
     for name in list(network.state_dict()):
-        if (theirs := canonical_name(name)) in TIED_TEXT_NAMES:
+        if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
             continue
-        value = read_weight(part.found.entries, theirs)
+        value = read_weight(part.found.entries, part.found.naming(inner))
         _place(network, name, value.to(device, torch.float32 if keeps(name) else dtype))
     network.requires_grad_(False).eval()
     assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
