@@ -140,8 +140,8 @@ class ReferencePointwise(Pointwise):
         return torch.view_as_real(pairs * rope[:, None].to(torch.complex128)).flatten(-2).float()
 
 
-def under_reference_rules(model: S2VTransformer, call):
-    """Run `call` on a float32 model as the reference runs: bfloat16 autocast with its float32 islands."""
+def under_reference_rules(model: S2VTransformer, forward):
+    """Run `forward` on a float32 model as the reference runs: bfloat16 autocast with its float32 islands."""
 
     def island(function):
         def run(*arguments, **keywords):
@@ -164,7 +164,7 @@ def under_reference_rules(model: S2VTransformer, call):
             if isinstance(child, torch.nn.RMSNorm):
                 setattr(module, name, ReferenceRMSNorm(child))
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        return call()
+        return forward(model)
 
 
 def relative_l2(value, reference) -> float:
@@ -176,7 +176,7 @@ def measure_error(config: S2VModelConfig, width_px: int, height_px: int) -> dict
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     inputs, noise = make_inputs(config, width_px, height_px)
 
-    def run(model):
+    def forward(model):
         return model(noise, TIMESTEP, model.condition(inputs))
 
     def build(dtype):
@@ -186,11 +186,11 @@ def measure_error(config: S2VModelConfig, width_px: int, height_px: int) -> dict
         return model
 
     model = build(torch.float32)
-    exact = run(model)
-    by_rules = under_reference_rules(model, lambda: run(model))
+    exact = forward(model)
+    by_rules = under_reference_rules(model, forward)
     del model
     torch.cuda.empty_cache()
-    ours = run(build(torch.bfloat16))
+    ours = forward(build(torch.bfloat16))
     errors = {"ours": relative_l2(ours, exact), "reference_rules": relative_l2(by_rules, exact)}
     return errors | {"ratio": errors["ours"] / errors["reference_rules"], "output_std": float(exact.std())}
 
@@ -243,8 +243,10 @@ def measure_size(model: S2VTransformer, width_px: int, height_px: int, comfyui: 
     linear_flop = config.blocks * tokens * (12 * e * e + 4 * e * f)
     linear_flop += len(config.injected_blocks) * noisy_tokens * 4 * e * e
     rates = ceilings(config, tokens)
-    mean_gemm = (12 * e * e + 4 * e * f) / (12 * e * e / rates["gemm_square"] + 2 * e * f / rates["gemm_up"] + 2 * e * f / rates["gemm_down"])
-    floor = (attention_flop + cross_flop) / rates["attention"] / 1e9 + linear_flop / mean_gemm / 1e9
+    square, up = 12 * e * e, 2 * e * f
+    seconds_per_flop = square / rates["gemm_square"] + up / rates["gemm_up"] + up / rates["gemm_down"]
+    mean_gemm = (square + 2 * up) / seconds_per_flop
+    floor = ((attention_flop + cross_flop) / rates["attention"] + linear_flop / mean_gemm) / 1e9
     result = {
         "width": width_px, "height": height_px, "tokens": tokens, "runs": RUNS,
         "ms": {name: statistics.median(values) for name, values in times.items()},

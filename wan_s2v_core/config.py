@@ -19,7 +19,9 @@ class JsonConfig:
     def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ConfigError(f"{cls.__name__} has no setting {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
+            )
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -56,12 +58,14 @@ class S2VModelConfig(JsonConfig):
                 "Use a width that is an even multiple of heads (the 14B model: 5120 and 40)."
             )
         if self.width % 4:
-            raise ConfigError(f"width={self.width} is not a multiple of 4, which the audio encoder needs. Change width.")
+            raise ConfigError(
+                f"width={self.width} is not a multiple of 4, which the audio encoder needs. Change width."
+            )
         if list(self.injected_blocks) != sorted(set(self.injected_blocks)) or not all(
             0 <= block < self.blocks for block in self.injected_blocks
         ):
             raise ConfigError(
-                f"injected_blocks={list(self.injected_blocks)} must be rising block numbers below blocks={self.blocks}. "
+                f"injected_blocks={list(self.injected_blocks)} must be rising numbers below blocks={self.blocks}. "
                 "Take them from the checkpoint's config.json (audio_inject_layers)."
             )
 

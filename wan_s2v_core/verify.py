@@ -5,6 +5,7 @@ weights belong to it. A case that cannot be run has failed.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .conditioning.audio import audio_embeddings, frame_indices, resample_features
 from .config import SamplingConfig
-from .errors import CheckpointError, WanS2VError
+from .errors import CheckpointError, ConfigError, WanS2VError
 from .geometry import ClipGeometry
 from .io.weights import Weights, open_weights, read_json
 from .model.audio_encoder import normalize_waveform
@@ -280,9 +281,13 @@ def failure(name: str, kind: str, reason: str) -> Result:
     return Result(name, kind, "run", EXACT, None, 0.0, False, reason)
 
 
+CANNOT_RUN = (WanS2VError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError)
+"""What a damaged or foreign case can raise anywhere on its way: reported as its failure."""
+
+
 def run_case(path: Path, root: Path, device: torch.device) -> Iterator[Result]:
     """All quantities of one case, or one failure that says why it could not be run."""
-    name, kind = path.relative_to(root).with_suffix("").as_posix(), "?"
+    name, kind, measured = path.relative_to(root).with_suffix("").as_posix(), "?", 0
     try:
         sidecar = read_json(path.with_suffix(".json"))
         kind = sidecar.get("id", "?")
@@ -290,21 +295,25 @@ def run_case(path: Path, root: Path, device: torch.device) -> Iterator[Result]:
             yield failure(name, kind, f"the id {kind!r} is not known; known are {', '.join(RUNNERS)}")
             return
         rules = read_bounds(path.parent, root)[kind]
-        measured = 0
         with torch.inference_mode():
             for rule, quantity, value, reference in RUNNERS[kind](Case(path, sidecar, open_weights(path), device)):
-                metric, bound = next((m, b) for m, b in rules[rule].items() if m in (REL_L2, MAX_ABS, EXACT))
-                error, bound = compare(metric, value, reference), 0.0 if metric == EXACT else float(bound)
-                is_number = error == error
-                reason = "" if is_number else f"shape {tuple(value.shape)} against {tuple(reference.shape)}, or not a number"
-                yield Result(
-                    name, kind, quantity, metric, error if is_number else None, bound, is_number and error <= bound, reason
-                )
+                yield judge(name, kind, quantity, rules[rule], value, reference)
                 measured += 1
         if not measured:
             yield failure(name, kind, "the case holds nothing to compare")
-    except (WanS2VError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+    except CANNOT_RUN as error:
         yield failure(name, kind, f"{type(error).__name__}: {error}")
+
+
+def judge(name: str, kind: str, quantity: str, rule: dict, value: Tensor, reference: Tensor) -> Result:
+    """One quantity against its rule, such as {"rel_l2": 2e-6}."""
+    metric = next(metric for metric in rule if metric in (REL_L2, MAX_ABS, EXACT))
+    bound = 0.0 if metric == EXACT else float(rule[metric])
+    error = compare(metric, value, reference)
+    if math.isfinite(error):
+        return Result(name, kind, quantity, metric, error, bound, error <= bound)
+    reason = f"shape {tuple(value.shape)} against {tuple(reference.shape)}, or not a number"
+    return Result(name, kind, quantity, metric, None, bound, False, reason)
 
 
 def find_cases(root: Path) -> list[Path]:
@@ -331,7 +340,17 @@ def _has_id(path: Path) -> bool:
 
 
 def verify(root: Path, device: str = "cpu") -> list[Result]:
-    """Run every case below `root`; an empty folder is a failure."""
-    torch_device = torch.device(device)
+    """Run every case below `root`; an empty folder is a failure.
+
+    Raises:
+        ConfigError: if `root` is no folder or the device is not there.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"{root} is not a folder. Give the folder that holds the golden cases.")
+    try:
+        torch_device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}. Use cpu.") from error
     results = [result for path in find_cases(root) for result in run_case(path, root, torch_device)]
-    return results or [failure(str(root), "?", "no case found: a case is NAME.safetensors with a NAME.json that has an id")]
+    nothing = "no case found: a case is NAME.safetensors with a NAME.json that has an id"
+    return results or [failure(str(root), "?", nothing)]

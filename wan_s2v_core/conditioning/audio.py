@@ -48,7 +48,7 @@ def audio_embeddings(
     Returns:
         1 A E(2 neighbours + 1) T with T = clips * clip_frames; zeros past the end of the recording.
     """
-    layers, frames, width = features.shape
+    frames = features.shape[1]
     picked = torch.from_numpy(frame_indices(frames, clips * clip_frames, fps, rate)).to(features.device)
     spacing = int(rate / fps)
     offsets = torch.arange(-neighbours, neighbours + 1, device=features.device) * spacing

@@ -186,7 +186,9 @@ def _open_pickle(path: Path) -> Weights:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} is not a plain set of named tensors. Use the official file or a safetensors one.")
+        raise CheckpointError(
+            f"{path} is not a plain set of named tensors. Use the official file or a safetensors one."
+        )
     entries = {
         name: WeightEntry(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in content.items()
     }

@@ -1,6 +1,5 @@
 """Self-attention over all tokens and cross-attention to text or audio tokens."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -24,7 +24,9 @@ class SpeechEncoder(nn.Module):
         from transformers import Wav2Vec2Config, Wav2Vec2Model  # slow to import
 
         # A mask embedding exists only for training-time masking, which never happens here.
-        config = Wav2Vec2Config(**settings | {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0})
+        config = Wav2Vec2Config(
+            **settings | {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+        )
         self.network = Wav2Vec2Model(config).eval()
 
     def hidden_states(self, waveform: Tensor) -> Tensor:

@@ -378,11 +378,11 @@ OTHER_FAMILIES: tuple[tuple[str, Callable[[Mapping[str, WeightEntry]], bool]], .
     ("Wan in diffusers' layout", lambda e: "condition_embedder.time_embedder.linear_1.weight" in e),
     ("the Wan 2.2 VAE of TI2V-5B (48 channels)", lambda e: "decoder.upsamples.0.upsamples.0.residual.0.gamma" in e),
     ("a Stable Diffusion VAE", lambda e: "decoder.mid.block_1.conv1.weight" in e),
-    ("a Stable Diffusion checkpoint", lambda e: "input_blocks.0.0.weight" in e or "first_stage_model.decoder.conv_in.weight" in e),
+    ("a Stable Diffusion checkpoint", lambda e: any(name.endswith("input_blocks.0.0.weight") for name in e)),
     ("Flux", lambda e: "double_blocks.0.img_attn.qkv.weight" in e),
     ("a T5 text encoder, not umT5", lambda e: "encoder.block.1.layer.0.SelfAttention.q.weight" in e),
     ("a CLIP text encoder", lambda e: "text_model.embeddings.token_embedding.weight" in e),
-    ("Whisper", lambda e: "model.encoder.conv1.weight" in e or "encoder.conv1.weight" in e and "encoder.embed_positions.weight" in e),
+    ("Whisper", lambda e: "encoder.conv1.weight" in e and len(e["encoder.conv1.weight"].shape) == 3),
 )
 
 
@@ -428,7 +428,9 @@ def recognize(weights: Weights) -> Recognized:
     if "token_embedding.weight" in entries and "blocks.0.pos_embedding.embedding.weight" in entries:
         return Recognized(TEXT_ENCODER, "official", entries, text_encoder_name)
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in entries:  # T5 has it in block 0 only
-        return Recognized(TEXT_ENCODER, "ComfyUI" if TOKENIZER_TENSOR in entries else "transformers", entries, same_name)
+        return Recognized(
+            TEXT_ENCODER, "ComfyUI" if TOKENIZER_TENSOR in entries else "transformers", entries, same_name
+        )
     if "encoder.downsamples.0.residual.0.gamma" in entries and entries["conv2.weight"].shape[0] == VAE_CHANNELS:
         return Recognized(VAE, "official", entries, vae_name)
     if "encoder.down_blocks.0.conv1.weight" in entries and "post_quant_conv.weight" in entries:

@@ -62,6 +62,7 @@ class ClipCondition:
 
 
 @lru_cache(maxsize=2048)
+@torch.inference_mode(False)  # kept tables must serve training as well
 def timestep_features(timestep: float, width: int) -> Tensor:
     """Cosines, then sines, of one timestep, on the CPU: tabulated in float64, since float32 angles cost 1e-5."""
     half = width // 2
@@ -171,9 +172,10 @@ class S2VTransformer(nn.Module):
             return bias
         if pose_latents is None:  # zeros leave only the bias of the embedding
             return bias + self.pose_embedding.bias
-        if (pose := tuple(pose_latents.shape[2:])) != (grid[0], grid[1] * PATCH, grid[2] * PATCH):
+        wanted = (grid[0], grid[1] * PATCH, grid[2] * PATCH)
+        if (size := tuple(pose_latents.shape[2:])) != wanted:
             raise ConfigError(
-                f"the pose latents have frames, height, width {pose}, the clip {(grid[0], *(s * PATCH for s in grid[1:]))}. "
+                f"the pose latents have frames, height, width {size}, the clip {wanted}. "
                 "Encode a pose video of the clip's own length and size."
             )
         return bias + self.pose_embedding(pose_latents.to(self.dtype))
@@ -201,7 +203,7 @@ class S2VTransformer(nn.Module):
         if (size := tuple(latents.shape[2:])) != (frames, rows * PATCH, columns * PATCH):
             raise ConfigError(
                 f"latents of frames, height, width {size} do not fit a clip of {frames} latent frames of audio and a "
-                f"reference of {rows * PATCH} x {columns * PATCH}. Give all of them the same size (height and width even)."
+                f"reference of {rows * PATCH} x {columns * PATCH}. Give all of them one size, height and width even."
             )
         noisy = self.patch_embedding(latents.to(self.dtype)) + condition.noisy_bias
         context = BlockContext(

@@ -26,8 +26,8 @@ from .checkpoint import (
     VAE,
     NameReport,
     Recognized,
-    compare_names,
     audio_layers,
+    compare_names,
     dit_config,
     infer_dit_config,
     infer_speech_settings,
@@ -97,7 +97,9 @@ def find_part(path: str | Path, wanted: str | None = None) -> Part:
         path = next((path / name for name in OFFICIAL_FILES[wanted] if (path / name).exists()), path)
     part = describe(_open_folder(path, wanted) if path.is_dir() else _open_file(path))
     if wanted and part.kind != wanted:
-        raise CheckpointError(f"{path} is a {PART_LABELS[part.kind]}, not a {PART_LABELS[wanted]}. Choose another file.")
+        raise CheckpointError(
+            f"{path} is a {PART_LABELS[part.kind]}, not a {PART_LABELS[wanted]}. Choose another file."
+        )
     return part
 
 
@@ -109,11 +111,12 @@ def describe(weights: Weights) -> Part:
     """
     found = recognize(weights)
     try:
-        return Part(weights, found, _dit_config(weights, found) if found.part == DIT else _encoder_config(weights, found))
+        config = _dit_config(weights, found) if found.part == DIT else _encoder_config(weights, found)
     except (KeyError, IndexError) as error:
         raise CheckpointError(
             f"{weights.path} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
         ) from error
+    return Part(weights, found, config)
 
 
 def _open_folder(folder: Path, wanted: str | None) -> Weights:
@@ -181,8 +184,8 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
     for name in list(network.state_dict()):
         if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
             continue
-        value = read_weight(part.found.entries, part.found.naming(inner))
-        _place(network, name, value.to(device, torch.float32 if keeps(name) else dtype))
+        target = torch.float32 if keeps(name) else dtype
+        _place(network, name, read_weight(part.found.entries, part.found.naming(inner)).to(device, target))
     network.requires_grad_(False).eval()
     assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
     log.info("%s: %d tensors as %s on %s", part.weights.path, report.matched, dtype, device)

@@ -50,6 +50,7 @@ def packed_motion_positions(rows: int, columns: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept tables must serve training as well
 def rotary_table(
     head_width: int, latent_frames: int, rows: int, columns: int, motion_latent_frames: int, packs_motion: bool
 ) -> Tensor:

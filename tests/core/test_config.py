@@ -1,0 +1,62 @@
+"""Settings and geometry: they survive JSON, and mistakes are named with a way out."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wan_s2v_core.config import S2VModelConfig, SamplingConfig
+from wan_s2v_core.errors import ConfigError
+from wan_s2v_core.geometry import ClipGeometry, frames_of, latent_frames_of
+
+
+@pytest.mark.parametrize("config", [S2VModelConfig(), SamplingConfig(steps=8, audio_guidance_scale=2.0)])
+def test_configs_survive_json(config):
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: S2VModelConfig(heads=7), "heads=7"),
+        (lambda: S2VModelConfig(width=42, heads=3), "multiple of 4"),
+        (lambda: S2VModelConfig(injected_blocks=(4, 0)), "injected_blocks"),
+        (lambda: S2VModelConfig(injected_blocks=(0, 40)), "blocks=40"),
+        (lambda: SamplingConfig(steps=0), "steps=0"),
+        (lambda: SamplingConfig(shift=0), "shift=0"),
+        (lambda: SamplingConfig(shift=float("nan")), "shift=nan"),
+        (lambda: SamplingConfig(solver="heun"), "solver='heun'.*unipc"),
+        (lambda: SamplingConfig(sigmas="log"), "sigmas='log'.*karras"),
+        (lambda: SamplingConfig(guidance_scale=0.5), "guidance_scale=0.5"),
+        (lambda: SamplingConfig(audio_guidance_scale=float("inf")), "audio_guidance_scale=inf"),
+        (lambda: SamplingConfig.from_dict({"stepz": 4}), "stepz.*steps"),
+        (lambda: ClipGeometry(81), "clip_frames=81.*80 or 84"),
+        (lambda: ClipGeometry(0), "clip_frames=0"),
+        (lambda: ClipGeometry(80, 0), "motion_frames=0"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@given(st.integers(1, 10**6))
+def test_latent_frames_and_frames_are_inverse(latent_frames):
+    assert latent_frames_of(frames_of(latent_frames)) == latent_frames
+    assert latent_frames_of(frames_of(latent_frames + 1)) == latent_frames + 1
+    assert latent_frames_of(frames_of(latent_frames) + 3) == latent_frames, "the last latent frame is filled up"
+
+
+def test_the_released_geometry():
+    geometry = ClipGeometry()
+    assert (geometry.latent_frames, geometry.motion_latent_frames) == (20, 19)
+
+
+@given(st.integers(1, 60), st.integers(1, 40))
+def test_a_clip_decodes_to_enough_frames(quarter, motion_latents):
+    """Motion and new latents together hold at least the clip's frames, and the first clip those without its skip."""
+    geometry = ClipGeometry(4 * quarter, frames_of(motion_latents))
+    assert geometry.motion_latent_frames == motion_latents
+    assert frames_of(motion_latents + geometry.latent_frames) == geometry.motion_frames + geometry.clip_frames
+    assert frames_of(1 + geometry.latent_frames) == geometry.clip_frames + 1
