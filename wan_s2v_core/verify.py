@@ -281,7 +281,7 @@ def failure(name: str, kind: str, reason: str) -> Result:
     return Result(name, kind, "run", EXACT, None, 0.0, False, reason)
 
 
-CANNOT_RUN = (WanS2VError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OSError)
+CANNOT_RUN = (WanS2VError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, ImportError)
 """What a damaged or foreign case can raise anywhere on its way: reported as its failure."""
 
 

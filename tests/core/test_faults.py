@@ -61,6 +61,14 @@ def padding_token_first(self, features):
 ORIGINAL_AUDIO = audio.CausalAudioEncoder.forward
 
 
+def scale_first(self, audio_frames):
+    shift, gain = ORIGINAL_MODULATION(self, audio_frames)
+    return gain - 1, shift + 1
+
+
+ORIGINAL_MODULATION = audio.AudioInjector.frame_modulation
+
+
 def no_lead_in(self, features, motion_frames):
     return self(features)
 
@@ -147,7 +155,7 @@ FAULTS = {
     "rotary axes in another order": (DIT, (block.Pointwise, "rotate", staticmethod(columns_first))),
     "eps of the block norms": (DIT, (block, "norm_rows", other_eps)),
     "shift and scale swapped": (DIT, (block, "norm_rows", swapped_arguments(block.norm_rows, 1, 2))),
-    "shift and scale of the injection swapped": (DIT, (audio, "modulate", swapped_arguments(block.modulate, 1, 2))),
+    "shift and scale of the injection swapped": (DIT, (audio.AudioInjector, "frame_modulation", scale_first)),
     "zeros instead of repeated audio before the start": (DIT, (audio.CausalConv, "forward", zero_padded)),
     "audio padding token first": (DIT, (audio.CausalAudioEncoder, "forward", padding_token_first)),
     "no lead-in before a clip's audio": (DIT, (audio.CausalAudioEncoder, "encode_clip", no_lead_in)),

@@ -8,7 +8,6 @@ from ..config import S2VModelConfig
 from ..geometry import latent_frames_of
 from ..seams import BlockContext
 from .attention import CrossAttention
-from .block import modulate
 
 INJECTION_EPS = 1e-5
 """Not the model's eps: the reference takes this norm from diffusers' AdaLayerNorm with its default."""
@@ -100,10 +99,15 @@ class AudioInjector(nn.Module):
         noisy, rest = context.segments(x)
         normed = F.layer_norm(noisy, noisy.shape[-1:], eps=self.eps)
         if context.audio_frames is not None:
-            shift, scale = self.modulation(F.silu(context.audio_frames)).chunk(2, dim=-1)  # B F E
-            normed = modulate(normed, shift[:, context.frame_index], scale[:, context.frame_index])
+            shift, gain = self.frame_modulation(context.audio_frames)
+            normed = torch.addcmul(shift[:, context.frame_index], normed, gain[:, context.frame_index])
         frames, tokens_per_frame = context.audio_tokens.shape[1:3]
         heard_frame = torch.arange(frames, device=x.device).repeat_interleave(tokens_per_frame)
         own_frame = context.frame_index[:, None] == heard_frame  # L(noisy) F*L(audio)
         heard = self.attention(normed.to(context.dtype), context.audio_tokens.flatten(1, 2), own_frame)
         return torch.cat([noisy + heard, rest], dim=1)
+
+    def frame_modulation(self, audio_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and gain of each latent frame, from its vector B F E. Two of B F E in float32."""
+        shift, scale = self.modulation(F.silu(audio_frames)).float().chunk(2, dim=-1)
+        return shift, 1 + scale

@@ -41,11 +41,6 @@ def norm_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed * (1 + scale) + shift, in the precision of `normed`."""
-    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
-
-
 class FeedForward(nn.Module):
     """Two products with a tanh-GELU between them. The seam for routed experts and sliced activations."""
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..geometry import PATCH
 from ..seams import BlockContext
 from .audio import AudioInjector, CausalAudioEncoder
-from .block import Block, modulate
+from .block import Block, norm_rows
 from .motion import MotionPacker, PatchProjection
 from .rope import rotary_table
 
@@ -98,7 +98,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B L E, B E -> B L 4C
         shift, scale = (self.modulation + time[:, None]).unbind(1)
-        return self.out(modulate(F.layer_norm(x, x.shape[-1:], eps=self.eps), shift[:, None], scale[:, None]))
+        return self.out(norm_rows(x, shift, scale, self.eps))
 
 
 class S2VTransformer(nn.Module):

@@ -79,5 +79,6 @@ def rotary_table(
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn neighbouring channel pairs by `rope`. B L N D, L D/2 -> B L N D in the precision of `x`."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
+    pairs *= rope[:, None]  # in place: these float32 copies are the largest tensors of a forward
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
