@@ -25,12 +25,16 @@ class JsonConfig:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+UNUSED = -1
+"""In `injected_blocks`: an injector that is in the checkpoint but serves no block."""
+
+
 @dataclass(frozen=True)
 class S2VModelConfig(JsonConfig):
     """Sizes and switches of the S2V DiT. The defaults are the released 14B model.
 
-    `injected_blocks[i]` is the block after which injector `i` adds the voice. `packs_motion` chooses between the
-    packed motion tokens of the released model and plain ones, one token per patch of every motion latent frame.
+    `injected_blocks[i]` is the block after which injector `i` adds the voice, or UNUSED. `packs_motion` chooses
+    between the packed motion tokens of the released model and plain ones, one token per patch of every motion frame.
     """
 
     width: int = 5120
@@ -61,11 +65,10 @@ class S2VModelConfig(JsonConfig):
             raise ConfigError(
                 f"width={self.width} is not a multiple of 4, which the audio encoder needs. Change width."
             )
-        if list(self.injected_blocks) != sorted(set(self.injected_blocks)) or not all(
-            0 <= block < self.blocks for block in self.injected_blocks
-        ):
+        used = [block for block in self.injected_blocks if block != UNUSED]
+        if len(used) != len(set(used)) or not all(0 <= block < self.blocks for block in used):
             raise ConfigError(
-                f"injected_blocks={list(self.injected_blocks)} must be rising numbers below blocks={self.blocks}. "
+                f"injected_blocks={list(self.injected_blocks)} must be different numbers below blocks={self.blocks}. "
                 "Take them from the checkpoint's config.json (audio_inject_layers)."
             )
 

@@ -21,7 +21,7 @@ def test_configs_survive_json(config):
     [
         (lambda: S2VModelConfig(heads=7), "heads=7"),
         (lambda: S2VModelConfig(width=42, heads=3), "multiple of 4"),
-        (lambda: S2VModelConfig(injected_blocks=(4, 0)), "injected_blocks"),
+        (lambda: S2VModelConfig(injected_blocks=(4, 4)), "injected_blocks"),
         (lambda: S2VModelConfig(injected_blocks=(0, 40)), "blocks=40"),
         (lambda: SamplingConfig(steps=0), "steps=0"),
         (lambda: SamplingConfig(shift=0), "shift=0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wan_s2v_core.config import UNUSED, S2VModelConfig
 from wan_s2v_core.errors import CheckpointError
 from wan_s2v_core.io.weights import open_weights
 from wan_s2v_core.model import checkpoint as names
@@ -91,6 +92,19 @@ def test_single_file_of_the_14b_model_needs_no_config(golden):
     keys = manifest["keys"]
     config = names.infer_dit_config(lambda ours: tuple(keys[names.dit_name(ours)]))
     assert config == names.dit_config(manifest["config_json_saved_by_diffusers"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks", "places"),
+    [
+        (S2VModelConfig.injected_blocks, 40, S2VModelConfig.injected_blocks),
+        ((2, 0), 4, (0, 2)),
+        ((1, 3), 12, (UNUSED, 3, UNUSED, 1)),  # blocks 1, 3, 10, 11 get one each; the last made for 1 serves it
+        ((), 4, ()),
+    ],
+)
+def test_injectors_serve_the_blocks_that_they_serve_in_the_reference(layers, blocks, places):
+    assert names.injector_places(layers, blocks) == places
 
 
 # --- the official layout -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from wan_s2v_core.config import S2VModelConfig
+from wan_s2v_core.config import UNUSED, S2VModelConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import PACKED_MOTION_LATENTS
 from wan_s2v_core.model.attention import scaled_dot_product
@@ -109,6 +109,35 @@ def test_gradients_reach_every_parameter(make_model, make_inputs):
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_motion_of_no_frames_is_all_zeros_when_packed(make_model, make_inputs):
+    """Packed, an empty past still makes its tokens; plain, it makes none. Only None drops the past."""
+    model, (inputs, noise) = make_model(), make_inputs()
+    empty = replace(inputs, motion_latents=inputs.motion_latents[:, :, :0])
+    zeros = replace(inputs, motion_latents=torch.zeros_like(inputs.motion_latents))
+    torch.testing.assert_close(model(noise, 7.0, model.condition(empty)), model(noise, 7.0, model.condition(zeros)))
+    dropped = model.condition(replace(inputs, motion_latents=None))
+    assert dropped.rope.shape[0] == 6 * 24 and dropped.side_tokens.shape[1] == 24
+
+
+def test_odd_latents_lose_their_last_row_and_column(make_model, make_inputs):
+    model, (inputs, noise) = make_model(), make_inputs(h=9, w=13)
+    even = {
+        name: getattr(inputs, name)[..., :8, :12] for name in ("reference_latents", "motion_latents", "pose_latents")
+    }
+    expected = model(noise[..., :8, :12], 7.0, model.condition(replace(inputs, **even)))
+    torch.testing.assert_close(model(noise, 7.0, model.condition(inputs)), expected)
+
+
+def test_unused_injectors_change_nothing(make_model, make_inputs):
+    config = replace(TINY, injected_blocks=(UNUSED, 2))
+    model, (inputs, noise) = make_model(config), make_inputs(config)
+    before = model(noise, 7.0, model.condition(inputs))
+    model.stack.injectors[0].attention.out.bias.add_(1.0)
+    assert torch.equal(model(noise, 7.0, model.condition(inputs)), before)
+    model.stack.injectors[1].attention.out.bias.add_(1.0)
+    assert not torch.equal(model(noise, 7.0, model.condition(inputs)), before)
+
+
 def test_bfloat16_stays_near_float32(make_model, make_inputs, fresh_seed):
     from wan_s2v_core.bench.random_weights import fill_random
 
@@ -196,7 +225,7 @@ def test_sizes_that_do_not_fit_are_named(change, message, make_model, make_input
 
 def test_noise_of_another_length_is_named(make_model, make_inputs):
     model, (inputs, noise) = make_model(), make_inputs()
-    with pytest.raises(ConfigError, match="5 latent frames of audio"):
+    with pytest.raises(ConfigError, match=r"\(4, 4, 6\) tokens.*\(5, 4, 6\)"):
         model(noise[:, :, :4], 1.0, model.condition(inputs))
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from wan_s2v_core.verify import BOUNDS, verify
@@ -88,6 +89,43 @@ def test_missing_tensor_fails(folder):
     assert "out.hidden_full" in reasons(folder)[0]
 
 
+def test_gap_in_numbered_tensors_fails(golden, tmp_path):
+    for name in ("vae_tiny", "vae_tiny_weights"):
+        for suffix in (".json", ".safetensors"):
+            shutil.copy(golden / f"{name}{suffix}", tmp_path)
+    path = tmp_path / "vae_tiny.safetensors"
+    tensors = load_file(path)
+    tensors["encode2.latent"] = tensors.pop("encode0.latent")
+    save_file(tensors, path)
+    assert "encode0.latent" in reasons(tmp_path)[0]
+
+
+def test_runs_without_facts_fail(folder):
+    path = folder / "a/b/scheduler_unipc.json"
+    sidecar = json.loads(path.read_text())
+    path.write_text(json.dumps(sidecar | {"runs": {}}))
+    assert "shift3_steps3" in reasons(folder)[0]
+
+
+def test_every_limit_of_a_rule_counts(folder):
+    (folder / "thresholds.json").write_text('{"t5": {"output": {"max_abs": 1e-3, "rel_l2": 1e-15}}}')
+    failed = [result for result in verify(folder) if not result.passed]
+    assert {(result.id, result.metric) for result in failed} == {("t5", "rel_l2")}
+
+
+def test_unknown_limit_fails(folder):
+    (folder / "thresholds.json").write_text('{"t5": {"output": {"median": 1e-3}}}')
+    assert "without a known metric" in reasons(folder)[0]
+
+
+def test_values_that_cannot_be_used_fail(folder):
+    path = folder / "a/b/scheduler_unipc.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["runs"]["shift3_steps3"]["shift"] = 0
+    path.write_text(json.dumps(sidecar))
+    assert "shift=0" in reasons(folder)[0]
+
+
 def test_missing_sidecar_fails(folder):
     (folder / "a/b/t5_tiny.json").unlink()
     assert "t5_tiny.json" in reasons(folder)[0]
@@ -134,4 +172,6 @@ def test_no_folder_is_a_usage_error(tmp_path, run_cli):
 
 def test_reference_tables_are_no_cases(folder):
     (folder / "table.json").write_text('{"rows": []}')
+    (folder / "a/b/table.json").write_text('{"rows": []}')
+    save_file({"x": torch.zeros(1)}, folder / "a/b/table.safetensors")
     assert reasons(folder) == []

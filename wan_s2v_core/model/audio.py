@@ -9,8 +9,10 @@ from ..geometry import latent_frames_of
 from ..seams import BlockContext
 from .attention import CrossAttention
 
-INJECTION_EPS = 1e-5
-"""Not the model's eps: the reference takes this norm from diffusers' AdaLayerNorm with its default."""
+AUDIO_EPS = 1e-6
+"""Of every norm on the voice's way, whatever eps the config sets for the blocks."""
+MODULATED_INJECTION_EPS = 1e-5
+"""The reference takes this norm from diffusers' AdaLayerNorm, with its default."""
 
 
 class CausalConv(nn.Conv1d):
@@ -34,7 +36,7 @@ class CausalAudioEncoder(nn.Module):
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
-        self.heads, self.eps = config.audio_tokens, config.eps
+        self.heads = config.audio_tokens
         quarter, half = config.width // 4, config.width // 2
         self.layer_weights = nn.Parameter(torch.full((1, config.audio_layers, 1, 1), 0.01))
         self.local_in = CausalConv(config.audio_width, quarter * config.audio_tokens)
@@ -68,7 +70,7 @@ class CausalAudioEncoder(nn.Module):
         return self._activate(self.last(self._activate(self.middle(x))))
 
     def _activate(self, x: Tensor) -> Tensor:
-        return F.silu(F.layer_norm(x, x.shape[-1:], eps=self.eps))
+        return F.silu(F.layer_norm(x, x.shape[-1:], eps=AUDIO_EPS))
 
     def encode_clip(self, features: Tensor, motion_frames: int) -> tuple[Tensor, Tensor | None]:
         """Encode one clip, B A E(audio) T -> tokens and vectors of its latent frames alone.
@@ -90,8 +92,8 @@ class AudioInjector(nn.Module):
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
-        self.eps = INJECTION_EPS if config.modulates_audio else config.eps
-        self.attention = CrossAttention(config.width, config.heads, config.eps)
+        self.eps = MODULATED_INJECTION_EPS if config.modulates_audio else AUDIO_EPS
+        self.attention = CrossAttention(config.width, config.heads, AUDIO_EPS)
         if config.modulates_audio:
             self.modulation = nn.Linear(config.width, 2 * config.width)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +12,9 @@ FEATURE_RATE = 50
 
 
 def normalize_waveform(waveform: Tensor) -> Tensor:
-    """Zero mean, unit variance over the last axis. Any shape."""
-    variance, mean = torch.var_mean(waveform, dim=-1, correction=0, keepdim=True)
-    return (waveform - mean) / torch.sqrt(variance + 1e-7)
+    """Zero mean, unit variance of one recording, in numpy's float32 as transformers' feature extractor does it."""
+    samples = waveform.float().cpu().numpy()
+    return torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))
 
 
 class SpeechEncoder(nn.Module):
@@ -37,7 +38,7 @@ class SpeechEncoder(nn.Module):
         Returns:
             A T E in float32, T at about 50 Hz; A is the number of layers + 1.
         """
-        samples = normalize_waveform(waveform.float())[None].to(self.network.dtype)
+        samples = normalize_waveform(waveform)[None].to(self.network.device, self.network.dtype)
         out = self.network(samples, output_hidden_states=True)
         # Since transformers 5 the last entry lacks the encoder's final norm; last_hidden_state always has it.
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state]).float()

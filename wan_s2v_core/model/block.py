@@ -69,8 +69,8 @@ class Block(nn.Module):
         step = self.pointwise
         rows = (self.modulation[:, None] + context.modulation).unbind(2)  # six of B S E
         shift, scale, gate, forward_shift, forward_scale, forward_gate = rows
-        y = self.attention(step.modulated_norm(x, shift, scale, self.eps, context), context, step.rotate)
-        x = step.gated_add(x, y, gate, context)
+        normed = step.modulated_norm(x, shift, scale, self.eps, context)
+        x = step.gated_add(x, self.attention(normed, context, step.rotate), gate, context)
         x = x + self.cross_attention(self.cross_norm(x).to(context.dtype), context.text)
-        y = self.feed_forward(step.modulated_norm(x, forward_shift, forward_scale, self.eps, context))
-        return step.gated_add(x, y, forward_gate, context)
+        normed = step.modulated_norm(x, forward_shift, forward_scale, self.eps, context)
+        return step.gated_add(x, self.feed_forward(normed), forward_gate, context)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import S2VModelConfig
+from ..config import UNUSED, S2VModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..io.weights import WeightEntry, Weights
 
@@ -89,6 +89,7 @@ DIT_SETTINGS = {  # ours -> official config.json
     "eps": "eps",
 }
 FIXED_SETTINGS = {  # what other values in an official config.json would change is not built
+    "add_last_motion": True,
     "enable_motioner": False,
     "enable_tsm": False,
     "trainable_token_pos_emb": False,
@@ -125,7 +126,8 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
                 f"config.json sets {name}={value}; only {needed} is supported. Use the released config.json."
             )
     values = {ours: official[theirs] for ours, theirs in DIT_SETTINGS.items() if theirs in official}
-    values["injected_blocks"] = tuple(sorted(values.get("injected_blocks", S2VModelConfig.injected_blocks)))
+    layers = values.get("injected_blocks", S2VModelConfig.injected_blocks)
+    values["injected_blocks"] = injector_places(layers, values.get("blocks", S2VModelConfig.blocks))
     if official.get("out_dim", values.get("latent_channels", 16)) != values.get("latent_channels", 16):
         raise CheckpointError("config.json has out_dim other than in_dim. Use the released config.json.")
     try:
@@ -134,9 +136,22 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
         raise CheckpointError(f"config.json cannot be used: {error}") from error
 
 
+def injector_places(layers: Iterable[int], blocks: int) -> tuple[int, ...]:
+    """The block that each injector of a checkpoint serves.
+
+    The reference makes an injector for every block whose number begins with the digits of a listed layer, in order,
+    and uses the last one made for a layer. With 1 in the list and more than 10 blocks, some serve no block.
+    """
+    made = [layer for block in range(blocks) for layer in layers if str(block).startswith(str(layer))]
+    lost = [layer for layer in layers if layer not in made]
+    last = {layer: index for index, layer in enumerate(made)}
+    return tuple(layer if last[layer] == index else UNUSED for index, layer in enumerate(made)) + tuple(lost)
+
+
 def official_dit_config(config: S2VModelConfig) -> dict[str, Any]:
     """Our config as an official config.json says it."""
     values = {theirs: getattr(config, ours) for ours, theirs in DIT_SETTINGS.items()}
+    values["audio_inject_layers"] = [block for block in config.injected_blocks if block != UNUSED]
     fixed = {name: value for name, value in FIXED_SETTINGS.items() if not isinstance(value, tuple)}
     return fixed | values | {"_class_name": "WanModel_S2V", "model_type": "s2v", "out_dim": config.latent_channels}
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import S2VModelConfig
+from ..config import UNUSED, S2VModelConfig
 from ..errors import ConfigError
-from ..geometry import PATCH
+from ..geometry import PACKED_MOTION_LATENTS, PATCH
 from ..seams import BlockContext
 from .audio import AudioInjector, CausalAudioEncoder
 from .block import Block, norm_rows
@@ -32,7 +32,7 @@ class ClipInputs:
     reference_latents: Tensor
     """B C 1 h w."""
     motion_latents: Tensor | None
-    """B C F h w, oldest first; None when the first clip has no past."""
+    """B C F h w, oldest first; None when the clip has no past. Fewer than 19 count as packed with zeros before them."""
     pose_latents: Tensor | None
     """B C F h w with the clip's latent frames; None is the same as zeros."""
     audio: Tensor
@@ -70,6 +70,12 @@ def timestep_features(timestep: float, width: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)])).float()
 
 
+def token_grid(latents: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of tokens that B C F h w becomes; odd rows and columns of latents are cut off."""
+    frames, height, width = latents.shape[2:]
+    return frames, height // PATCH, width // PATCH
+
+
 class BlockStack(nn.Module):
     """The blocks in order, each followed by its audio injector if it has one. The seam for caches and splitting."""
 
@@ -77,7 +83,7 @@ class BlockStack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.injectors = nn.ModuleList(AudioInjector(config) for _ in config.injected_blocks)
-        self.injector_after = {block: index for index, block in enumerate(config.injected_blocks)}
+        self.injector_after = {block: index for index, block in enumerate(config.injected_blocks) if block != UNUSED}
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         for index, block in enumerate(self.blocks):
@@ -146,12 +152,12 @@ class S2VTransformer(nn.Module):
         config, dtype = self.config, self.dtype
         reference = self.patch_embedding(inputs.reference_latents.to(dtype)) + self.segment_embedding.weight[REFERENCE]
         side_tokens, motion_latent_frames = [reference], 0
-        if inputs.motion_latents is not None and inputs.motion_latents.shape[2]:
+        if inputs.motion_latents is not None:
             embed_motion = self.motion_packer or self.patch_embedding
             side_tokens.append(embed_motion(inputs.motion_latents.to(dtype)) + self.segment_embedding.weight[MOTION])
-            motion_latent_frames = inputs.motion_latents.shape[2]
+            motion_latent_frames = PACKED_MOTION_LATENTS if self.motion_packer else inputs.motion_latents.shape[2]
         audio_tokens, audio_frames = self.audio_encoder.encode_clip(inputs.audio.float(), inputs.motion_frames)
-        rows, columns = (side // PATCH for side in inputs.reference_latents.shape[-2:])
+        _, rows, columns = token_grid(inputs.reference_latents)
         grid = (audio_tokens.shape[1], rows, columns)
         rope = rotary_table(config.head_width, *grid, motion_latent_frames, config.packs_motion)
         return ClipCondition(
@@ -172,10 +178,9 @@ class S2VTransformer(nn.Module):
             return bias
         if pose_latents is None:  # zeros leave only the bias of the embedding
             return bias + self.pose_embedding.bias
-        wanted = (grid[0], grid[1] * PATCH, grid[2] * PATCH)
-        if (size := tuple(pose_latents.shape[2:])) != wanted:
+        if (tokens := token_grid(pose_latents)) != grid:
             raise ConfigError(
-                f"the pose latents have frames, height, width {size}, the clip {wanted}. "
+                f"the pose latents make {tokens} tokens (frames, rows, columns), the clip {grid}. "
                 "Encode a pose video of the clip's own length and size."
             )
         return bias + self.pose_embedding(pose_latents.to(self.dtype))
@@ -199,11 +204,10 @@ class S2VTransformer(nn.Module):
 
     def embed(self, latents: Tensor, modulation: Tensor, condition: ClipCondition) -> tuple[Tensor, BlockContext]:
         """Noisy latents B C F h w -> tokens B L E (noisy, reference, motion) and what the blocks need to know."""
-        frames, rows, columns = condition.grid
-        if (size := tuple(latents.shape[2:])) != (frames, rows * PATCH, columns * PATCH):
+        if (tokens := token_grid(latents)) != condition.grid:
             raise ConfigError(
-                f"latents of frames, height, width {size} do not fit a clip of {frames} latent frames of audio and a "
-                f"reference of {rows * PATCH} x {columns * PATCH}. Give all of them one size, height and width even."
+                f"the latents make {tokens} tokens (frames, rows, columns), audio and reference picture of the clip "
+                f"{condition.grid}. Give all of them one size, and 4 video frames of audio for each latent frame."
             )
         noisy = self.patch_embedding(latents.to(self.dtype)) + condition.noisy_bias
         context = BlockContext(

@@ -33,5 +33,6 @@ class VideoVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """B C F h w -> B 3 T H W in [-1, 1], float32, T = 4(F - 1) + 1."""
         latents = latents.float()
-        raw = latents * self._statistic(self.latents_std, latents) + self._statistic(self.latents_mean, latents)
+        # As the reference rounds: divided by the inverse, not multiplied.
+        raw = latents / (1 / self._statistic(self.latents_std, latents)) + self._statistic(self.latents_mean, latents)
         return self.network.decode(raw.to(self.dtype)).sample.float().clamp(-1, 1)
