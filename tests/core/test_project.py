@@ -9,7 +9,8 @@ import pytest
 import wan_s2v_core
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(path for folder in ("wan_s2v_core", "demo", "benchmarks", "dev") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("wan_s2v_core", "demo", "benchmarks", "dev")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 CALLS_NEVER = {"eval", "exec", "compile", "__import__"}
 PROCESS_STARTERS = ("dev", "benchmarks")
 """Folders that are no part of the published pack and may start processes."""
