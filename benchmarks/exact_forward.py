@@ -117,7 +117,7 @@ def profile(call) -> dict[str, float]:
         kind = "attention" if is_attention else "linears" if "gemm" in low or "nvjet" in low else "other"
         split[kind] += ms
         top[name[:110]] = ms
-    return split | {"top": dict(sorted(top.items(), key=lambda item: -item[1])[:24])}
+    return split | {"top": dict(sorted(top.items(), key=lambda item: -item[1])[:12])}
 
 
 class ReferenceRMSNorm(torch.nn.Module):
@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path)
     parser.add_argument("--skip-error", action="store_true")
     parser.add_argument("--blocks", type=int, default=40, help="fewer for a quick look")
+    parser.add_argument("--commit", default=commit(), help="to record, where the checkout has no git history")
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
     sys.argv = sys.argv[:1]  # ComfyUI reads it
@@ -279,7 +280,7 @@ def main() -> None:
         kept = tuple(block for block in config.injected_blocks if block < options.blocks)
         config = replace(config, blocks=options.blocks, injected_blocks=kept)
 
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit(), "cases": []}
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": options.commit, "cases": []}
     with torch.inference_mode():
         if not options.skip_error:
             report["error"] = measure_error(config, *sizes[0])

@@ -22,7 +22,7 @@ from .io.weights import Weights, open_weights, read_json
 from .model.audio_encoder import normalize_waveform
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import describe, fill, find_part, load_audio_encoder, load_transformer, load_vae
-from .pipeline import Prompts, sample_clip
+from .pipeline import sample_clip
 from .sampling.clips import generate_clips
 from .sampling.schedule import make_schedule
 from .sampling.solvers import make_solver
@@ -228,12 +228,18 @@ def run_pipeline(case: Case) -> Measured:
         solver=settings["sample_solver"],
         guidance_scale=max(1.0, settings["guide_scale"]),  # the reference turns guidance off at 1 and below
     )
-    prompts = Prompts(case["in.context"][None], case["in.context_null"][None])
     voice = case["in.audio_bucket"].split(geometry.clip_frames, dim=-1)
 
     def sample(task):
-        pose = case[f"clip{task.index}.cond_states"]
-        return sample_clip(model, task, voice[task.index], pose, prompts, geometry.motion_frames, config)
+        inputs = ClipInputs(
+            reference_latents=task.reference_latents,
+            motion_latents=task.motion_latents,
+            pose_latents=case[f"clip{task.index}.cond_states"],
+            audio=voice[task.index],
+            text=case["in.context"][None],
+            motion_frames=geometry.motion_frames,
+        )
+        return sample_clip(model, inputs, case["in.context_null"][None], task.noise, config)
 
     noises = (case[f"{name}.noise"][None] for name in case.find(r"(clip\d+)\..+"))
     starts = settings.get("init_first_frame", False)

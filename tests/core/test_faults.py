@@ -42,8 +42,8 @@ def swapped_arguments(function, first, second):
     return changed
 
 
-def voiced_silence(inputs, prompts, branch):
-    return replace(ORIGINAL_INPUTS(inputs, prompts, branch), audio=inputs.audio)
+def voiced_silence(inputs, negative_text, branch):
+    return replace(ORIGINAL_INPUTS(inputs, negative_text, branch), audio=inputs.audio)
 
 
 ORIGINAL_INPUTS = pipeline.branch_inputs

@@ -366,6 +366,7 @@ def test_pickle_that_runs_code(folder, tmp_path):
     assert not target.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_old_pickle_that_runs_code(folder, tmp_path):
     target = tmp_path / "written by the attack"
     (folder / TEXT_FILE).write_bytes(pickle.dumps(Attack(target)))
@@ -448,6 +449,18 @@ def test_config_that_is_missing_or_no_json(folder):
     refused(lambda: load_transformer(folder), "config.json cannot be read as JSON")
     (folder / "config.json").unlink()
     refused(lambda: load_transformer(folder), "config.json")
+
+
+def test_config_inside_a_file_that_is_no_json(dit_weights, tmp_path):
+    save_file(dit_weights, tmp_path / "x.safetensors", metadata={"config": "{,"})
+    refused(lambda: load_transformer(tmp_path / "x.safetensors"), "the config in", "JSON")
+
+
+def test_small_file_without_config(dit_weights, tmp_path):
+    """Heads and injected blocks of a model that is not the 14B one cannot be told from shapes."""
+    save_file(dit_weights, tmp_path / "x.safetensors")
+    (tmp_path / "x.json").write_text('{"trigger words": "of some other tool"}')
+    refused(lambda: load_transformer(tmp_path / "x.safetensors"), "6 blocks of width 96", "config.json")
 
 
 @pytest.mark.parametrize(

@@ -142,11 +142,24 @@ def read_json(path: Path) -> dict:
         CheckpointError: if it is missing or not JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, origin: str) -> dict:
+    """Parse a JSON object that came from `origin`.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{origin} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object. Download it again.")
+        raise CheckpointError(f"{origin} holds a {type(content).__name__}, not a JSON object. Download it again.")
     return content
 
 

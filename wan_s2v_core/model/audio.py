@@ -36,7 +36,7 @@ class CausalAudioEncoder(nn.Module):
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
-        self.heads = config.audio_tokens
+        self.heads, self.has_vectors = config.audio_tokens, config.modulates_audio
         quarter, half = config.width // 4, config.width // 2
         self.layer_weights = nn.Parameter(torch.full((1, config.audio_layers, 1, 1), 0.01))
         self.local_in = CausalConv(config.audio_width, quarter * config.audio_tokens)
@@ -61,7 +61,7 @@ class CausalAudioEncoder(nn.Module):
         local = self._pool(heads.transpose(1, 2).flatten(0, 1))  # the heads share what follows
         local = local.unflatten(0, (-1, self.heads)).transpose(1, 2)  # B F N E
         tokens = torch.cat([local, self.padding_token.expand(*local.shape[:2], 1, -1)], dim=2)
-        if not hasattr(self, "global_in"):
+        if not self.has_vectors:
             return tokens, None
         return tokens, self.global_out(self._pool(self.global_in(mixed)))
 

@@ -375,7 +375,6 @@ def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
 # --- telling files apart -----------------------------------------------------------------------------------------
 
 DIT, VAE, TEXT_ENCODER, SPEECH_ENCODER = "dit", "vae", "text_encoder", "audio_encoder"
-VAE_CHANNELS = 16
 PART_LABELS = {
     DIT: "S2V DiT",
     VAE: "Wan 2.1 VAE",
@@ -446,7 +445,7 @@ def recognize(weights: Weights) -> Recognized:
         return Recognized(
             TEXT_ENCODER, "ComfyUI" if TOKENIZER_TENSOR in entries else "transformers", entries, same_name
         )
-    if "encoder.downsamples.0.residual.0.gamma" in entries and entries["conv2.weight"].shape[0] == VAE_CHANNELS:
+    if "encoder.downsamples.0.residual.0.gamma" in entries and "encoder.downsamples.10.residual.2.weight" in entries:
         return Recognized(VAE, "official", entries, vae_name)
     if "encoder.down_blocks.0.conv1.weight" in entries and "post_quant_conv.weight" in entries:
         return Recognized(VAE, "diffusers", entries, same_name)

@@ -1,6 +1,5 @@
 """Networks built from weights files: made without memory, then filled tensor by tensor, so nothing is held twice."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import nn
 
 from ..config import S2VModelConfig
 from ..errors import CheckpointError
-from ..io.weights import Weights, open_shards, open_weights, read_json
+from ..io.weights import Weights, open_shards, open_weights, parse_json, read_json
 from .audio_encoder import SpeechEncoder
 from .checkpoint import (
     DIT,
@@ -138,14 +137,14 @@ def _open_file(path: Path) -> Weights:
 
 def _dit_config(weights: Weights, found: Recognized) -> S2VModelConfig:
     """From the folder's config.json; for a file from its metadata, a JSON beside it, or its shapes."""
-    beside = weights.path.with_suffix(".json")
-    if weights.path.is_dir():
-        official = read_json(weights.path / "config.json")
+    beside, folder = weights.path.with_suffix(".json"), weights.files[0].parent
+    if weights.path.is_dir() or weights.path.stem == DIT_STEM:
+        official = read_json(folder / "config.json")
     elif "config" in weights.metadata:
-        official = json.loads(weights.metadata["config"])
-    elif beside.is_file():
-        official = read_json(beside).get("config", {})
+        official = parse_json(weights.metadata["config"], f"the config in {weights.path}")
     else:
+        official = read_json(beside).get("config") if beside.is_file() else None
+    if not isinstance(official, dict):
         return infer_dit_config(found.shape)
     return replace(dit_config(official), audio_layers=audio_layers(found.shape))
 
@@ -198,28 +197,30 @@ def _place(network: nn.Module, name: str, value: torch.Tensor) -> None:
         network.network.encoder.embed_tokens.weight = network.network.shared.weight
 
 
-def load_transformer(path: str | Path, dtype=torch.bfloat16, device="cpu") -> S2VTransformer:
-    """The S2V DiT from an official folder or a single file."""
-    part = find_part(path, DIT)
+def load(path: str | Path, kind: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """Find, build and fill one network. The typed functions below are for callers."""
+    part = find_part(path, kind)
+    tokenizer = find_tokenizer(part) if kind == TEXT_ENCODER else None  # missing files are told before long loading
     network = part.build()
     fill(network, part, dtype, device)
+    if tokenizer:
+        network.tokenizer = tokenizer
     return network
+
+
+def load_transformer(path: str | Path, dtype=torch.bfloat16, device="cpu") -> S2VTransformer:
+    """The S2V DiT from an official folder or a single file."""
+    return load(path, DIT, dtype, device)
 
 
 def load_vae(path: str | Path, dtype=torch.float32, device="cpu") -> VideoVAE:
     """The video VAE from an official folder or a single file."""
-    part = find_part(path, VAE)
-    network = part.build()
-    fill(network, part, dtype, device)
-    return network
+    return load(path, VAE, dtype, device)
 
 
 def load_audio_encoder(path: str | Path, dtype=torch.float32, device="cpu") -> SpeechEncoder:
     """wav2vec 2.0 from an official folder, its own folder or a single file."""
-    part = find_part(path, SPEECH_ENCODER)
-    network = part.build()
-    fill(network, part, dtype, device)
-    return network
+    return load(path, SPEECH_ENCODER, dtype, device)
 
 
 def load_text_encoder(path: str | Path, dtype=torch.bfloat16, device="cpu") -> TextEncoder:
@@ -228,12 +229,7 @@ def load_text_encoder(path: str | Path, dtype=torch.bfloat16, device="cpu") -> T
     Raises:
         CheckpointError: also if no tokenizer comes with it.
     """
-    part = find_part(path, TEXT_ENCODER)
-    tokenizer = find_tokenizer(part)
-    network = part.build()
-    fill(network, part, dtype, device)
-    network.tokenizer = tokenizer
-    return network
+    return load(path, TEXT_ENCODER, dtype, device)
 
 
 def find_tokenizer(part: Part) -> Tokenizer:
