@@ -374,6 +374,13 @@ def test_old_pickle_that_runs_code(folder, tmp_path):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("kind", OFFICIAL_FILES)
+def test_missing_companion(folder, kind):
+    missing = folder / OFFICIAL_FILES[kind][0]
+    shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
+    refused(lambda: find_part(folder, kind), names.PART_LABELS[kind], missing.name, "Download")
+
+
 def test_missing_tokenizer(folder):
     shutil.rmtree(folder / "google")
     refused(lambda: load_text_encoder(folder), "holds no tokenizer", TOKENIZER_FOLDER)
@@ -413,11 +420,13 @@ def test_the_wrong_part_is_named(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64])
-def test_packed_weights_are_refused(dtype, dit_weights, tiny_maker, tmp_path):
-    name = "blocks.1.self_attn.q.weight"
-    single_file(dit_weights | {name: dit_weights[name].to(dtype)}, tmp_path / "x.safetensors", tiny_maker.DIT_CONFIG)
-    stored = str(dtype).removeprefix("torch.")
-    refused(lambda: load_transformer(tmp_path / "x.safetensors"), f"{name} is stored as {stored}", "bf16")
+def test_packed_weights_are_refused(dtype, dit_weights, tmp_path):
+    """Whether the packing shows in the shapes (two 4-bit numbers in a byte) or not."""
+    name, stored = "blocks.1.self_attn.q.weight", str(dtype).removeprefix("torch.")
+    for packed in (dit_weights[name], dit_weights[name][:, ::2].contiguous()):
+        path = tmp_path / "x.safetensors"
+        save_file(dit_weights | {name: packed.to(dtype)}, path)
+        refused(lambda path=path: load_transformer(path), f"{name} stored as {stored}", "S2V DiT", "bf16")
 
 
 def test_missing_tensor_and_wrong_shape(dit_weights, tiny_maker, tmp_path):

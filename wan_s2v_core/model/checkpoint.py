@@ -351,14 +351,9 @@ def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
     """One tensor as floating point; scaled 8-bit weights are multiplied out in float32.
 
     Raises:
-        CheckpointError: if its type holds no plain number, as in packed 4-bit formats.
+        CheckpointError: if its scales do not fit it.
     """
     entry = entries[name]
-    if not entry.dtype.is_floating_point:
-        raise CheckpointError(
-            f"{name} is stored as {str(entry.dtype).removeprefix('torch.')}, a packed format that is not read here. "
-            "Use the bf16, fp16, fp32 or fp8_scaled file."
-        )
     base = name.removesuffix(".weight")
     scale = next((entries[key] for s in SCALE_SUFFIXES if (key := f"{base}.{s}") in entries), None)
     if entry.dtype not in FLOAT8 or scale is None:
@@ -434,8 +429,20 @@ def recognize(weights: Weights) -> Recognized:
     """Tell from names and shapes what a file holds, whatever it is called.
 
     Raises:
-        CheckpointError: naming the model family it is instead, where that can be told.
+        CheckpointError: naming the model family it is instead, where that can be told, or a packed format.
     """
+    found = _recognize(weights)
+    for name, entry in found.entries.items():
+        if name.endswith(".weight") and not entry.dtype.is_floating_point:
+            stored = str(entry.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{weights.path} is a {PART_LABELS[found.part]} with {name} stored as {stored}, a packed format that "
+                "is not read here. Use the bf16, fp16, fp32 or fp8_scaled file."
+            )
+    return found
+
+
+def _recognize(weights: Weights) -> Recognized:
     entries = _strip_prefix(weights.entries)
     if any(name.startswith("casual_audio_encoder.") for name in entries):
         return Recognized(DIT, "ComfyUI" if is_quantized(entries) else "official", entries, dit_name)

@@ -93,7 +93,7 @@ def find_part(path: str | Path, wanted: str | None = None) -> Part:
     """
     path = Path(path)
     if path.is_dir() and wanted in OFFICIAL_FILES:
-        path = next((path / name for name in OFFICIAL_FILES[wanted] if (path / name).exists()), path)
+        path = _companion(path, wanted)
     part = describe(_open_folder(path, wanted) if path.is_dir() else _open_file(path))
     if wanted and part.kind != wanted:
         raise CheckpointError(
@@ -116,6 +116,19 @@ def describe(weights: Weights) -> Part:
             f"{weights.path} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
         ) from error
     return Part(weights, found, config)
+
+
+def _companion(folder: Path, wanted: str) -> Path:
+    """Where an official folder keeps a part that is not the DiT; the folder itself if it is no official one."""
+    names = OFFICIAL_FILES[wanted]
+    if found := [folder / name for name in names if (folder / name).exists()]:
+        return found[0]
+    if any(folder.glob(f"{DIT_STEM}*")):
+        raise CheckpointError(
+            f"{folder} has the DiT but no {PART_LABELS[wanted]} ({' or '.join(names)}). "
+            "Download it there, or choose a file elsewhere."
+        )
+    return folder
 
 
 def _open_folder(folder: Path, wanted: str | None) -> Weights:
