@@ -1,19 +1,22 @@
 """The command line: `python -m wan_s2v_core COMMAND`.
 
 Results go to stdout (with `--json` exactly one JSON object), logs to stderr. Exit 0: fine; 1: a check failed; 2: wrong
-usage or unreadable input.
+usage or unreadable input; 130: stopped by the user.
 """
 
 import argparse
 import json
 import logging
+import random
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import WanS2VError
+from .errors import ConfigError, WanS2VError
 
-FINE, CHECK_FAILED, UNUSABLE = 0, 1, 2
+FINE, CHECK_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -44,6 +47,145 @@ def run_inspect(options: argparse.Namespace) -> int:
     return FINE if is_complete(report) else CHECK_FAILED
 
 
+def run_generate(options: argparse.Namespace) -> int:
+    from .config import SamplingConfig, VideoConfig
+    from .render import RenderRequest, clips_folder, render
+
+    for flag, needs in NOT_YET.items():
+        if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
+            raise ConfigError(f"--{flag} is not built yet: it comes with {needs}. Leave it out.")
+    device = options.device or best_device()
+    on_card = device != "cpu"
+    request = RenderRequest(
+        checkpoint=options.ckpt_dir,
+        audio=options.audio,
+        image=options.image,
+        save_file=options.save_file or time.strftime("s2v_%Y%m%d_%H%M%S.mp4"),
+        prompt=options.prompt,
+        pose_video=options.pose_video,
+        audio_start=options.audio_start,
+        audio_seconds=options.audio_seconds,
+        device=device,
+        precision=options.precision or ("bfloat16" if on_card or options.convert_model_dtype else "float32"),
+        offload=options.offload_model,
+        text_on_cpu=options.t5_cpu,
+        keep_clips=options.keep_clips,
+        **({} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}),
+    )
+    video = VideoConfig(
+        max_area=parse_size(options.size),
+        fps=options.fps,
+        clip_frames=options.infer_frames,
+        fit=options.fit,
+        timing=options.timing,
+        clip_plan=options.clip_plan,
+        starts_from_reference=options.start_from_ref,
+        clips=options.num_clip,
+    )
+    sampling = SamplingConfig(
+        steps=options.sample_steps,
+        shift=options.sample_shift,
+        solver=options.sample_solver,
+        sigmas=options.sigmas,
+        guidance_scale=max(1.0, options.sample_guide_scale),
+        audio_guidance_scale=options.audio_guide_scale,
+        seed=options.base_seed if options.base_seed >= 0 else random.SystemRandom().randrange(2**31),
+    )
+    try:
+        report = render(request, video, sampling, None if options.json else show_step)
+    except KeyboardInterrupt:
+        folder = clips_folder(Path(request.save_file))
+        print(f"\nstopped; finished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
+        return STOPPED
+    print(json.dumps(report.to_dict()) if options.json else report.path)
+    return FINE
+
+
+def show_step(clip: int, clips: int, step: int) -> None:
+    print(f"\rclip {clip} of {clips}, step {step} ", end="", file=sys.stderr, flush=True)
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_size(text: str) -> int:
+    """1280*720 or 1280x720 -> the area it bounds."""
+    sides = re.fullmatch(r"(\d+)[*xX](\d+)", text.strip())
+    if not sides:
+        raise ConfigError(f"--size {text} is no size. Write it as 1280*720 or 832x480.")
+    return int(sides[1]) * int(sides[2])
+
+
+def yes_or_no(text: str) -> bool:
+    """The reference's flags take True and False as words."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return words[text.lower()]
+
+
+NOT_YET = {
+    "dit_fsdp": "the multi-GPU runner",
+    "t5_fsdp": "the multi-GPU runner",
+    "ulysses_size": "the multi-GPU runner",
+    "moe_expert_capacity": "the routed experts",
+    "moe_gate_dropout": "the routed experts",
+    "enable_tts": "no version of this pack; bring the voice as a file with --audio",
+    "use_prompt_extend": "no version of this pack; write the longer prompt yourself",
+}
+
+
+def add_generate(commands, common: argparse.ArgumentParser) -> None:
+    """The reference's flags, so that its commands run as they stand, and ours."""
+    make = commands.add_parser("generate", parents=[common], help="make a video from a voice, a picture and a prompt")
+    make.set_defaults(run=run_generate)
+    add = make.add_argument
+    add("--task", default="s2v-14B", choices=["s2v-14B"])
+    add("--ckpt_dir", required=True, help="folder of Wan2.2-S2V-14B, or one in its layout")
+    add("--audio", required=True, help="recording; any format that FFmpeg reads, also the sound of a video")
+    add("--image", required=True, help="reference picture")
+    add("--prompt", default="", help="what is to be seen")
+    add("--negative_prompt", help="what is not; the reference's by default")
+    add("--save_file", help="the video; s2v_TIME.mp4 by default")
+    add("--size", default="1280*720", help="bound of the area; the picture gives the aspect (default %(default)s)")
+    add("--pose_video", help="driving video")
+    add("--num_clip", type=int, help="at most this many clips")
+    add("--infer_frames", type=int, default=80, help="frames of a clip, a multiple of 4 (default %(default)s)")
+    add("--sample_steps", type=int, default=40, help="default %(default)s")
+    add("--sample_shift", type=float, default=3.0, help="3 at 480p, 5 at 720p (default %(default)s)")
+    add("--sample_solver", default="unipc", help="unipc, dpm++ or euler (default %(default)s)")
+    add("--sample_guide_scale", type=float, default=4.5, help="1 or less: no guidance (default %(default)s)")
+    add("--base_seed", type=int, default=-1, help="-1: a new one every time")
+    add("--start_from_ref", action="store_true", help="the video begins as the picture")
+    add(
+        "--offload_model",
+        type=yes_or_no,
+        default=True,
+        metavar="BOOL",
+        help="networks leave the card after their stage",
+    )
+    add("--convert_model_dtype", action="store_true", help="bfloat16 also on a CPU")
+    add("--t5_cpu", action="store_true", help="text encoder on the CPU")
+    add("--audio_guide_scale", type=float, help="guidance of the voice apart from the prompt's; a third forward a step")
+    add("--sigmas", default="flow", help="spacing of the noise levels: flow or karras")
+    add("--audio_start", type=float, default=0.0, help="seconds to leave out at the start of the recording")
+    add("--audio_seconds", type=float, help="seconds to use of it")
+    add("--fps", type=float, default=16.0, help="the model was trained for 16")
+    add("--fit", default="crop", help="picture to frame: crop, pad or reference")
+    add("--timing", default="aligned", help="aligned, or reference: pictures 3 frames ahead of the sound")
+    add("--clip_plan", default="audio", help="audio: as long as the sound; reference: whole clips")
+    add("--device", help="cuda if there is a card, else cpu")
+    add("--precision", help="bfloat16 (default on a card), float16 or float32 (default on a CPU)")
+    add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
+    for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
+        add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
+    for flag in ("ulysses_size", "moe_expert_capacity", "moe_gate_dropout"):
+        add(f"--{flag}", type=float, default=0, help=argparse.SUPPRESS)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -59,6 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", parents=[common], help="say what a weights file or folder is")
     look.add_argument("path", type=Path, help="weights file or checkpoint folder")
     look.set_defaults(run=run_inspect)
+    add_generate(commands, common)
     return parser
 
 

@@ -113,3 +113,52 @@ class SamplingConfig(JsonConfig):
     @property
     def audio_scale(self) -> float:
         return self.guidance_scale if self.audio_guidance_scale is None else self.audio_guidance_scale
+
+
+PICTURE_FITS = ("crop", "pad", "reference")
+TIMINGS = ("aligned", "reference")
+CLIP_PLANS = ("audio", "reference")
+
+
+@dataclass(frozen=True)
+class VideoConfig(JsonConfig):
+    """What kind of video is made. The defaults differ from the reference in two ways that people complain about.
+
+    `timing`: aligned puts frame 0 at time 0 of the sound; the reference plays its pictures 3 frames ahead.
+    `clip_plan`: audio makes as many frames as the sound lasts; the reference makes whole clips, one more than needed
+    when the sound ends with a clip. `max_area` bounds the pixels of a frame; the picture gives the aspect.
+    """
+
+    max_area: int = 1280 * 720
+    fps: float = 16.0
+    clip_frames: int = 80
+    motion_frames: int = 73
+    fit: str = "crop"
+    timing: str = "aligned"
+    clip_plan: str = "audio"
+    starts_from_reference: bool = False
+    clips: int | None = None
+    """At most this many clips; None for all that the sound needs."""
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("fit", self.fit, PICTURE_FITS),
+            ("timing", self.timing, TIMINGS),
+            ("clip_plan", self.clip_plan, CLIP_PLANS),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
+        if not 1 <= self.fps <= 60:
+            raise ConfigError(f"fps={self.fps} is outside 1 to 60. The model was trained for 16.")
+        if self.clips is not None and self.clips < 1:
+            raise ConfigError(f"clips={self.clips}: at least one clip is needed. Leave it out for all of the sound.")
+        if self.max_area < 64 * 64:
+            raise ConfigError(f"max_area={self.max_area} px is less than 64x64. Use 832*480 or more for real pictures.")
+
+
+DEFAULT_NEGATIVE_PROMPT = (
+    "画面模糊，最差质量，画面模糊，细节模糊不清，情绪激动剧烈，手快速抖动，字幕，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+"""The reference's: blurred, worst quality, shaking hands, subtitles, ugly, extra fingers, static picture, and so on."""

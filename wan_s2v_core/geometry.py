@@ -3,6 +3,7 @@
 Source: Wan2.2 at 42bf4cf (Apache-2.0), speech2video.py; see `ClipGeometry` for what a clip is.
 """
 
+import math
 from dataclasses import dataclass
 
 from .errors import ConfigError
@@ -60,3 +61,79 @@ class ClipGeometry:
     @property
     def latent_frames(self) -> int:
         return latent_frames_of(self.clip_frames + self.motion_frames) - self.motion_latent_frames
+
+
+SIDE_STEP_PX = 64
+"""Sides of a generated video are multiples of this."""
+
+
+def output_size(height_px: int, width_px: int, max_area: int) -> tuple[int, int]:
+    """Height and width of the video for a picture: its aspect, at most `max_area` pixels, never scaled up further
+    than to the next multiple of 64. Source: Wan2.2 speech2video.py at 42bf4cf (Apache-2.0), from its description.
+
+    Raises:
+        ConfigError: if the picture is so long that a side would vanish.
+    """
+    area = height_px * width_px
+    smallest, largest = 0.1, 1.0
+    if area > max_area:
+        step = SIDE_STEP_PX - 1
+        b, c = step * (height_px + width_px), step**2 - max_area
+        smallest = (-b + math.sqrt(b**2 - 2 * area * c)) / (2 * area)  # 2 for 4, as in the reference
+        largest = math.sqrt(max_area / area)
+    for attempt in range(100):
+        scale = largest - (largest - smallest) * attempt / 100
+        sides = [-(-int(side * scale) // SIDE_STEP_PX) * SIDE_STEP_PX for side in (height_px, width_px)]
+        if sides[0] * sides[1] <= max_area:
+            break
+    else:
+        sides = [0, 0]
+    if not all(sides):
+        raise ConfigError(
+            f"a picture of {width_px}x{height_px} px cannot be shown in {max_area} px with sides that are multiples of "
+            f"{SIDE_STEP_PX}. Crop the picture, or choose a larger size."
+        )
+    return sides[0], sides[1]
+
+
+SHORTEST_CLIP_FRAMES = 20
+"""A clip shorter than 5 latent frames is outside what the model was trained for."""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """Which video frames each clip of a video makes.
+
+    Clip r makes the frames from `start(r)` on; negative frames lie before time 0. Of all that the clips make, the
+    first `skip` frames are cut and `frames` are kept.
+    """
+
+    clip_frames: tuple[int, ...]
+    frames: int
+    skip: int
+    lead: int
+    """Frames before time 0 that the first clip makes: `skip` if picture and sound are to start together, else 0."""
+
+    def start(self, clip: int) -> int:
+        return sum(self.clip_frames[:clip]) - self.lead
+
+    @property
+    def total(self) -> int:
+        """Frames that all clips make, the skipped ones included."""
+        return sum(self.clip_frames)
+
+
+def plan_clips(frames: int, geometry: ClipGeometry, skip: int, lead: int) -> ClipPlan:
+    """Full clips, only the last one shortened to whole latent frames, for a video of `frames` frames.
+
+    Raises:
+        ConfigError: if there is nothing to show.
+    """
+    if frames < 1:
+        raise ConfigError(f"the recording gives {frames} video frames. At least one is needed: use a longer one.")
+    full, rest = divmod(frames + skip, geometry.clip_frames)
+    lengths = [geometry.clip_frames] * full
+    if rest:
+        whole = -(-rest // FRAMES_PER_LATENT) * FRAMES_PER_LATENT
+        lengths.append(min(geometry.clip_frames, max(whole, SHORTEST_CLIP_FRAMES)))
+    return ClipPlan(tuple(lengths), frames, skip, lead)

@@ -244,7 +244,8 @@ def run_pipeline(case: Case) -> Measured:
     noises = (case[f"{name}.noise"][None] for name in case.find(r"(clip\d+)\..+"))
     starts = settings.get("init_first_frame", False)
     videos = []
-    for clip in generate_clips(sample, vae.encode, vae.decode, case["in.ref_pixels"], geometry, noises, starts):
+    reference, past = case["in.ref_pixels"], geometry.motion_frames
+    for clip in generate_clips(sample, vae.encode, vae.decode, reference, past, noises, starts):
         videos.append(clip.video[0])
         name = f"clip{clip.index}.latents"
         yield "clipR.latents", name, clip.latents.reshape(case[name].shape), case[name]

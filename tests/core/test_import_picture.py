@@ -19,7 +19,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare"],
     ["pipeline"],
-    ["bench", "verify", "inspection"],
+    ["bench", "verify", "inspection", "render"],
     ["cli"],
     ["__main__"],
 ]

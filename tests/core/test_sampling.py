@@ -180,7 +180,9 @@ def test_clips_chain(starts_from_reference, clip_frames, motion_frames):
         return torch.full_like(task.noise, task.index + 1.0)
 
     noises = (torch.zeros(1, 16, geometry.latent_frames, 1, 1) for _ in range(4))
-    clips = list(generate_clips(sample, vae.encode, vae.decode, reference, geometry, noises, starts_from_reference))
+    clips = list(
+        generate_clips(sample, vae.encode, vae.decode, reference, geometry.motion_frames, noises, starts_from_reference)
+    )
 
     lengths = [clip.video.shape[2] for clip in clips]
     assert lengths == [clip_frames - (0 if starts_from_reference else 3), *[clip_frames] * 3]

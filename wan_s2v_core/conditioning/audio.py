@@ -37,6 +37,18 @@ def frame_indices(feature_frames: int, video_frames: int, fps: float, rate: int 
     return np.clip(np.round(times * rate).astype(np.int64), 0, feature_frames + padding - 1)
 
 
+def voice_per_frame(features: Tensor, frames: int, fps: float, lead: int) -> Tensor:
+    """One embedding per frame that the clips make, silence before time 0 and past the end.
+
+    Args:
+        features: A T E at 30 Hz.
+        frames: all frames that the clips make, the `lead` frames before time 0 included.
+    Returns:
+        1 A E T with T = frames.
+    """
+    return F.pad(audio_embeddings(features, 1, frames - lead, fps), (lead, 0))
+
+
 def audio_embeddings(
     features: Tensor, clips: int, clip_frames: int, fps: float, neighbours: int = 0, rate: int = FEATURE_RATE
 ) -> Tensor:

@@ -3,13 +3,13 @@
 Source: Wan2.2 speech2video.py at 42bf4cf (Apache-2.0), rewritten. Motion passes from clip to clip as float pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..geometry import FIRST_CLIP_SKIP, ClipGeometry
+from ..geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT
 
 START_PICTURE_FRAMES = 6
 """Frames at the end of the motion video that show the reference picture when a video starts from it."""
@@ -51,8 +51,8 @@ def generate_clips(
     encode: Callable[[Tensor], Tensor],
     decode: Callable[[Tensor], Tensor],
     reference: Tensor,
-    geometry: ClipGeometry,
-    noises: Iterator[Tensor],
+    motion_frames: int,
+    noises: Iterable[Tensor],
     starts_from_reference: bool = False,
 ) -> Iterator[Clip]:
     """Yield clip after clip, each as soon as it is decoded.
@@ -61,11 +61,12 @@ def generate_clips(
         sample: denoises one clip, B C F h w.
         encode, decode: the VAE, pixels B 3 T H W in [-1, 1] and latents B C F h w.
         reference: B 3 1 H W in [-1, 1].
-        noises: one per clip; their number is the number of clips.
+        motion_frames: video frames of past that a clip sees.
+        noises: one per clip, B C F h w; their number is the number of clips, their F the length of each.
         starts_from_reference: the first clip continues from the picture instead of being free.
     """
     reference_latents = encode(reference)
-    motion_video = reference.new_zeros(*reference.shape[:2], geometry.motion_frames, *reference.shape[3:])  # mid grey
+    motion_video = reference.new_zeros(*reference.shape[:2], motion_frames, *reference.shape[3:])  # mid grey
     if starts_from_reference:
         motion_video[:, :, -START_PICTURE_FRAMES:] = reference
     for index, noise in enumerate(noises):
@@ -74,8 +75,8 @@ def generate_clips(
         latents = sample(ClipTask(index, noise, reference_latents, motion_latents))
         # Behind the picture or the past, no frame is the VAE's first, which it blurs.
         lead_in = reference_latents if is_free else motion_latents
-        video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -geometry.clip_frames :]
+        video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
         if is_free:
             video = video[:, :, FIRST_CLIP_SKIP:]
-        motion_video = torch.cat([motion_video, video], dim=2)[:, :, -geometry.motion_frames :]
+        motion_video = torch.cat([motion_video, video], dim=2)[:, :, -motion_frames:]
         yield Clip(index, latents, video, motion_video)

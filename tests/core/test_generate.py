@@ -1,0 +1,199 @@
+"""The whole job on the tiny checkpoint: files in, a playable video out, and one clear message for what cannot work."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wan_s2v_core import render as rendering
+from wan_s2v_core.config import SamplingConfig, VideoConfig
+from wan_s2v_core.io.video import probe_video, read_frames
+
+RATE = 22050
+
+
+def write_wav(path, samples, rate=RATE):
+    """samples: N or N C, -1..1."""
+    data = (np.clip(samples, -1, 1) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1 if data.ndim == 1 else data.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(data.tobytes())
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A voice of 2.3 s in stereo, a picture, and a driving video of half that length."""
+    times = np.arange(int(2.3 * RATE)) / RATE
+    voice = 0.4 * np.sin(2 * np.pi * 220 * times) * (np.sin(2 * np.pi * 3 * times) > 0)
+    write_wav(tmp_path / "voice.wav", np.stack([voice, 0.5 * voice], axis=1))
+    noise = np.random.default_rng().integers(0, 255, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "face.png")
+    with rendering.VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
+        writer.write(torch.randint(0, 255, (28, 96, 64, 3), dtype=torch.uint8))
+    return tmp_path
+
+
+@pytest.fixture
+def command(inputs, tiny_checkpoint):
+    """`generate` in its smallest form; keyword arguments replace or add flags, None removes one."""
+
+    def make(**changes):
+        flags = {
+            "ckpt_dir": tiny_checkpoint,
+            "audio": inputs / "voice.wav",
+            "image": inputs / "face.png",
+            "save_file": inputs / "out.mp4",
+            "size": "64*64",
+            "infer_frames": 20,
+            "sample_steps": 2,
+            "base_seed": 3,
+            "device": "cpu",
+        } | changes
+        words = ["generate", "--json"]
+        for flag, value in flags.items():
+            words += [] if value is None else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        return words
+
+    return make
+
+
+def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs):
+    code, out, err = run_cli(*command())
+    assert code == 0, err
+    report = json.loads(out)
+    assert set(report) == {"path", "frames", "fps", "width", "height", "clips", "audio_seconds", "seconds"}
+    assert (report["frames"], report["fps"], report["clips"]) == (37, 16.0, 2)
+    assert (report["width"], report["height"]) == (64, 64) and report["audio_seconds"] == pytest.approx(2.3, abs=1e-3)
+    facts = probe_video(report["path"])
+    assert facts.frames == 37 and (facts.width_px, facts.height_px) == (64, 64)
+    assert facts.seconds == pytest.approx(37 / 16, abs=0.01)
+    assert facts.audio_seconds == pytest.approx(37 / 16, abs=0.05)
+    assert not list(inputs.glob("*.clips")), "the clips have become the video"
+
+
+def test_text_form_ends_with_the_path(command, run_cli, inputs):
+    words = [word for word in command(num_clip=1) if word != "--json"]
+    code, out, err = run_cli(*words)
+    assert code == 0 and out.splitlines()[-1] == str(inputs / "out.mp4")
+    assert "clip 1 of 1, step 2" in err
+
+
+def test_same_seed_same_video_and_clips_can_be_kept(command, run_cli, inputs):
+    """The kept clips are lossless: two runs agree to the bit, and the video shows what they hold."""
+    shown = []
+    for name in ("a", "b"):
+        code, _, err = run_cli(*command(save_file=inputs / f"{name}.mp4", keep_clips=True))
+        assert code == 0, err
+        folder = inputs / f"{name}.mp4.clips"
+        assert {path.name for path in folder.iterdir()} == {
+            "settings.json", "motion.safetensors",
+            "clip_0000.mkv", "clip_0000.safetensors", "clip_0001.mkv", "clip_0001.safetensors",
+        }  # fmt: skip
+        shown.append(torch.cat([read_frames(folder / f"clip_000{n}.mkv", 16, 0, 99) for n in range(2)]))
+    assert torch.equal(*shown) and len(shown[0]) == 37
+    settings = json.loads((inputs / "a.mp4.clips" / "settings.json").read_text(encoding="utf-8"))
+    assert settings["sampling"]["seed"] == 3 and settings["video"]["clip_frames"] == 20
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"pose_video": "pose.mp4"},
+        {"start_from_ref": True},
+        {"clip_plan": "reference", "timing": "reference"},
+        {"sample_solver": "dpm++", "sample_shift": 5, "sigmas": "karras"},
+        {"sample_guide_scale": 1},
+        {"audio_guide_scale": 2.0},
+        {"audio_start": 0.5, "audio_seconds": 1.0},
+        {"fit": "pad", "fps": 25},
+        {"convert_model_dtype": True, "t5_cpu": True, "offload_model": "True", "task": "s2v-14B", "ulysses_size": 1},
+    ],
+    ids=lambda flags: "-".join(flags),
+)
+def test_options_work(flags, command, run_cli, inputs):
+    flags = {name: inputs / value if name == "pose_video" else value for name, value in flags.items()}
+    code, out, err = run_cli(*command(**flags))
+    assert code == 0, err
+    report = json.loads(out)
+    seconds = flags.get("audio_seconds", 2.3)
+    if flags.get("clip_plan") == "reference":
+        assert report["frames"] == 2 * 20 - 3
+    else:
+        assert report["frames"] == round(report["fps"] * seconds)
+    assert probe_video(report["path"]).frames == report["frames"]
+
+
+def test_finished_clips_survive_an_early_end(inputs, tiny_checkpoint):
+    request = rendering.RenderRequest(
+        str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / "out.mp4")
+    )
+    video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2)
+
+    def stop(clip, clips, step):
+        if (clip, step) == (2, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rendering.render(request, video, sampling, stop)
+    folder = inputs / "out.mp4.clips"
+    assert probe_video(folder / "clip_0000.mkv").frames == 17
+    assert not (inputs / "out.mp4").exists()
+    with pytest.raises(rendering.ConfigError, match="earlier run"):
+        rendering.render(request, video, sampling)
+
+
+BAD = {
+    "missing audio": ({"audio": "no.wav"}, "no.wav"),
+    "audio is text": ({"audio": "text.wav"}, "text.wav"),
+    "audio is empty": ({"audio": "empty.wav"}, "empty.wav"),
+    "audio of one sample": ({"audio": "dot.wav"}, "0.05 ms long"),
+    "audio start past the end": ({"audio_start": 99}, "99"),
+    "audio of no length": ({"audio_seconds": 0}, "0"),
+    "audio is a picture": ({"audio": "face.png"}, "face.png"),
+    "missing picture": ({"image": "no.png"}, "no.png is not there"),
+    "picture is text": ({"image": "text.wav"}, "cannot be read as a picture"),
+    "missing checkpoint": ({"ckpt_dir": "nowhere"}, "nowhere"),
+    "missing driving video": ({"pose_video": "no.mp4"}, "no.mp4"),
+    "driving video without pictures": ({"pose_video": "voice.wav"}, "voice.wav"),
+    "size is no size": ({"size": "big"}, "--size big"),
+    "size too small": ({"size": "32*32"}, "max_area=1024"),
+    "clip frames": ({"infer_frames": 81}, "clip_frames=81"),
+    "no steps": ({"sample_steps": 0}, "steps=0"),
+    "shift": ({"sample_shift": -1}, "shift=-1"),
+    "solver": ({"sample_solver": "heun"}, "solver='heun'"),
+    "spacing": ({"sigmas": "log"}, "sigmas='log'"),
+    "guidance": ({"audio_guide_scale": 0.2}, "audio_guidance_scale=0.2"),
+    "frames per second": ({"fps": 0}, "fps=0"),
+    "fit": ({"fit": "stretch"}, "fit='stretch'"),
+    "timing": ({"timing": "late"}, "timing='late'"),
+    "clip plan": ({"clip_plan": "none"}, "clip_plan='none'"),
+    "number of clips": ({"num_clip": 0}, "clips=0"),
+    "precision": ({"precision": "int8"}, "precision='int8'"),
+    "folder to save to": ({"save_file": "nowhere/out.mp4"}, "nowhere"),
+    "kind of video": ({"save_file": "out.avi"}, "out.avi ends in no known kind"),
+    "several cards": ({"ulysses_size": 4}, "--ulysses_size is not built yet"),
+    "sharding": ({"dit_fsdp": True}, "multi-GPU runner"),
+    "experts": ({"moe_expert_capacity": 256}, "routed experts"),
+    "speech synthesis": ({"enable_tts": True}, "--enable_tts"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_mistakes_are_named(mistake, command, run_cli, inputs):
+    (inputs / "text.wav").write_text("this is not a sound")
+    (inputs / "empty.wav").write_bytes(b"")
+    write_wav(inputs / "dot.wav", np.zeros(1))
+    changes, message = BAD[mistake]
+    files = ("audio", "image", "ckpt_dir", "pose_video", "save_file")
+    changes = {name: inputs / value if name in files else value for name, value in changes.items()}
+    code, out, err = run_cli(*command(**changes))
+    assert code == 2 and "Traceback" not in err
+    error = json.loads(out)["error"]
+    assert message in error and error.endswith("."), error
+    assert not (inputs / "out.mp4").exists() and not list(inputs.glob("*.clips"))

@@ -1,0 +1,28 @@
+"""The driving video: pose frames of one clip, ready for the VAE."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .image import center_crop, to_pixels
+
+
+def pose_pixels(frames: Tensor, clip_frames: int, height_px: int, width_px: int) -> Tensor:
+    """The pose video of one clip.
+
+    Args:
+        frames: T H W 3 uint8, the clip's own frames; fewer than `clip_frames` when the driving video has ended.
+    Returns:
+        1 3 T H W in [-1, 1] with T = clip_frames + 1: the first frame stands twice, because the VAE treats the first
+        frame of a video on its own and its latent is dropped. Frames past the end are black, as in the reference.
+    """
+    missing = clip_frames - len(frames)
+    if not len(frames):
+        return torch.full((1, 3, clip_frames + 1, height_px, width_px), -1.0)
+    rows, columns = frames.shape[1:3]
+    scale = max(height_px / rows, width_px / columns)
+    size = (max(height_px, round(rows * scale)), max(width_px, round(columns * scale)))
+    scaled = F.interpolate(to_pixels(frames), size=size, mode="bilinear", antialias=True)  # T 3 H W
+    cropped = torch.stack([center_crop(frame.movedim(0, -1), height_px, width_px).movedim(-1, 0) for frame in scaled])
+    video = F.pad(cropped, (0, 0, 0, 0, 0, 0, 0, missing), value=-1.0).movedim(1, 0)[None]
+    return torch.cat([video[:, :, :1], video], dim=2)
