@@ -53,7 +53,7 @@ def run_generate(options: argparse.Namespace) -> int:
 
     for flag, needs in NOT_YET.items():
         if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
-            raise ConfigError(f"--{flag} is not built yet: it comes with {needs}. Leave it out.")
+            raise ConfigError(f"--{flag} is not included: it comes with {needs}. Leave it out.")
     device = options.device or best_device()
     on_card = device != "cpu"
     request = RenderRequest(
@@ -127,13 +127,17 @@ def yes_or_no(text: str) -> bool:
     return words[text.lower()]
 
 
+NO_SPEECH_SYNTHESIS = "no version of this pack; bring the voice as a file with --audio"
 NOT_YET = {
     "dit_fsdp": "the multi-GPU runner",
     "t5_fsdp": "the multi-GPU runner",
     "ulysses_size": "the multi-GPU runner",
     "moe_expert_capacity": "the routed experts",
     "moe_gate_dropout": "the routed experts",
-    "enable_tts": "no version of this pack; bring the voice as a file with --audio",
+    "enable_tts": NO_SPEECH_SYNTHESIS,
+    "tts_prompt_audio": NO_SPEECH_SYNTHESIS,
+    "tts_prompt_text": NO_SPEECH_SYNTHESIS,
+    "tts_text": NO_SPEECH_SYNTHESIS,
     "use_prompt_extend": "no version of this pack; write the longer prompt yourself",
 }
 
@@ -184,6 +188,8 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
     for flag in ("ulysses_size", "moe_expert_capacity", "moe_gate_dropout"):
         add(f"--{flag}", type=float, default=0, help=argparse.SUPPRESS)
+    for flag in ("tts_prompt_audio", "tts_prompt_text", "tts_text"):
+        add(f"--{flag}", help=argparse.SUPPRESS)
 
 
 def make_parser() -> argparse.ArgumentParser:

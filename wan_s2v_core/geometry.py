@@ -10,6 +10,7 @@ from .errors import ConfigError
 
 FRAMES_PER_LATENT = 4
 """Video frames that one latent frame stands for (the first latent frame of a video stands for one)."""
+LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
 """Pixels along a side that one latent position stands for."""
 PATCH = 2

@@ -14,7 +14,16 @@ from .conditioning.audio import FEATURE_RATE, clip_count, resample_features, voi
 from .conditioning.image import fit_picture
 from .conditioning.pose import pose_pixels
 from .config import SamplingConfig, VideoConfig
-from .geometry import FIRST_CLIP_SKIP, PIXELS_PER_LATENT, ClipGeometry, ClipPlan, output_size, plan_clips
+from .geometry import (
+    FIRST_CLIP_SKIP,
+    FRAMES_PER_LATENT,
+    LATENT_CHANNELS,
+    PIXELS_PER_LATENT,
+    ClipGeometry,
+    ClipPlan,
+    output_size,
+    plan_clips,
+)
 from .model.audio_encoder import FEATURE_RATE as SPEECH_RATE
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
@@ -137,10 +146,10 @@ class S2VPipeline:
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def encode_prompt(self, prompt: str) -> Tensor:
-        """1 L E on the device."""
+    def encode_prompts(self, *prompts: str) -> tuple[Tensor, ...]:
+        """Each 1 L E on the device."""
         with self.network(TEXT_ENCODER) as encoder:
-            return encoder.encode(prompt).to(self.device)
+            return tuple(encoder.encode(prompt).to(self.device) for prompt in prompts)
 
     @torch.inference_mode()
     def encode_voice(self, samples: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ class S2VPipeline:
         size = output_size(*picture.shape[:2], video.max_area)
         features = self.encode_voice(samples)
         plan = make_plan(seconds, features.shape[1], video, geometry)
-        text, negative_text = map(self.encode_prompt, prompts)
+        text, negative_text = self.encode_prompts(*prompts)
         log.info("%d frames of %dx%d px in %d clips", plan.frames, size[1], size[0], len(plan.clip_frames))
         return Job(
             plan=plan,
@@ -202,7 +211,7 @@ class S2VPipeline:
             with self.network(DIT) as model:
                 return sample_clip(model, inputs, job.negative_text, task.noise, config, tell)
 
-        shapes = ((1, 16, frames // 4, height, width) for frames in job.plan.clip_frames)
+        shapes = ((1, LATENT_CHANNELS, frames // FRAMES_PER_LATENT, height, width) for frames in job.plan.clip_frames)
         noises = (clip_noise(shape, config.seed, index, self.device) for index, shape in enumerate(shapes))
         left = job.plan.frames
         starts = job.video.starts_from_reference

@@ -177,10 +177,12 @@ BAD = {
     "precision": ({"precision": "int8"}, "precision='int8'"),
     "folder to save to": ({"save_file": "nowhere/out.mp4"}, "nowhere"),
     "kind of video": ({"save_file": "out.avi"}, "out.avi ends in no known kind"),
-    "several cards": ({"ulysses_size": 4}, "--ulysses_size is not built yet"),
+    "several cards": ({"ulysses_size": 4}, "--ulysses_size is not included"),
     "sharding": ({"dit_fsdp": True}, "multi-GPU runner"),
     "experts": ({"moe_expert_capacity": 256}, "routed experts"),
     "speech synthesis": ({"enable_tts": True}, "--enable_tts"),
+    "text to speak": ({"tts_text": "hello"}, "bring the voice as a file"),
+    "prompt extension": ({"use_prompt_extend": True}, "write the longer prompt yourself"),
 }
 
 

@@ -203,19 +203,22 @@ def test_clips_chain(starts_from_reference, clip_frames, motion_frames):
 
 
 def test_clips_come_as_they_finish():
-    vae, geometry = CountingVAE(), ClipGeometry(8, 5)
-    sampled = []
+    vae, geometry, reference, sampled = CountingVAE(), ClipGeometry(8, 5), torch.zeros(1, 3, 1, 8, 8), []
     noises = (torch.zeros(1, 16, geometry.latent_frames, 1, 1) for _ in range(100))
-    clips = generate_clips(
-        lambda task: sampled.append(task.index) or task.noise,
-        vae.encode,
-        vae.decode,
-        torch.zeros(1, 3, 1, 8, 8),
-        geometry,
-        noises,
-    )
-    next(clips)
+
+    def sample(task):
+        sampled.append(task.index)
+        return task.noise
+
+    next(generate_clips(sample, vae.encode, vae.decode, reference, geometry.motion_frames, noises))
     assert sampled == [0]
+
+
+def test_the_last_clip_may_be_shorter():
+    vae, reference = CountingVAE(), torch.zeros(1, 3, 1, 8, 8)
+    noises = (torch.zeros(1, 16, frames, 1, 1) for frames in (20, 20, 5))
+    clips = generate_clips(lambda task: task.noise, vae.encode, vae.decode, reference, 73, noises)
+    assert [clip.video.shape[2] for clip in clips] == [77, 80, 20]
 
 
 def test_noise_is_the_seed_and_the_clip():
