@@ -14,6 +14,7 @@ from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer
 
 ROOT = Path(__file__).resolve().parents[2]
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose a lot where other work shares the cores
 
 
 @pytest.fixture(scope="session")
