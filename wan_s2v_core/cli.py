@@ -95,8 +95,8 @@ def run_generate(options: argparse.Namespace) -> int:
         report = render(request, video, sampling, None if options.json else show_step)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
-        print(f"\nstopped; finished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
-        return STOPPED
+        print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
+        raise
     print(json.dumps(report.to_dict()) if options.json else report.path)
     return FINE
 
@@ -217,7 +217,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except WanS2VError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if options.json:
-            print(json.dumps({"error": str(error)}))
-        return UNUSABLE
+        return give_up(str(error), UNUSABLE, options.json)
+    except OSError as error:
+        where = error.filename or "a file"
+        return give_up(
+            f"{where} cannot be used: {error.strerror}. Check the path and its permissions.", UNUSABLE, options.json
+        )
+    except KeyboardInterrupt:
+        return give_up("stopped.", STOPPED, options.json)
+
+
+def give_up(reason: str, code: int, as_json: bool) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": reason}))
+    return code

@@ -106,6 +106,8 @@ class SamplingConfig(JsonConfig):
             raise ConfigError(f"solver={self.solver!r} is not known. Use one of: {', '.join(SOLVERS)}.")
         if self.sigmas not in SIGMA_SPACINGS:
             raise ConfigError(f"sigmas={self.sigmas!r} is not known. Use one of: {', '.join(SIGMA_SPACINGS)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} is outside 0 to 2^63 - 1. Use a smaller one.")
         for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
             if not 1 <= scale < float("inf"):
                 raise ConfigError(f"{name}={scale} must be 1 or more. 1 turns guidance off; the reference uses 4.5.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .model.checkpoint import DIT, PART_LABELS
-from .model.loading import DIT_STEM, OFFICIAL_FILES, Part, find_part
+from .model.loading import DIT_STEM, OFFICIAL_FILES, TOKENIZER_FOLDER, Part, find_part
 
 OFFICIAL_FOLDER = "official folder"
 
@@ -29,7 +29,8 @@ def describe_part(part: Part) -> dict[str, Any]:
 def inspect_path(path: Path) -> dict[str, Any]:
     """Describe a file, the folder of one network, or an official folder with all of them.
 
-    A whole checkpoint is described as its DiT, with the totals of all parts and each part under `parts`.
+    A whole checkpoint is described as its DiT, with the totals of all parts and each part under `parts`; files that
+    it lacks count as missing.
 
     Raises:
         CheckpointError: if nothing here can be read.
@@ -41,6 +42,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return describe_part(find_part(path))
     kinds = [DIT, *companions] if any(path.glob(f"{DIT_STEM}*")) else companions
     parts = [describe_part(find_part(path, kind)) for kind in kinds]
+    absent = [OFFICIAL_FILES[kind][0] for kind in OFFICIAL_FILES if kind not in kinds]
+    absent += [] if DIT in kinds else [f"{DIT_STEM}*.safetensors"]
+    absent += [] if (path / TOKENIZER_FOLDER).is_dir() else [TOKENIZER_FOLDER]
     dtypes: dict[str, int] = {}
     for part in parts:
         for name, count in part["dtypes"].items():
@@ -53,7 +57,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "bytes": sum(part["bytes"] for part in parts),
         "keys": {
             "matched": sum(part["keys"]["matched"] for part in parts),
-            "missing": [name for part in parts for name in part["keys"]["missing"]],
+            "missing": absent + [name for part in parts for name in part["keys"]["missing"]],
             "unexpected": [name for part in parts for name in part["keys"]["unexpected"]],
         },
         "parts": parts,
@@ -63,6 +67,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def render(report: dict[str, Any]) -> str:
     """The report as lines for people."""
     lines = []
+    if (missing := report["keys"]["missing"]) and "parts" in report:
+        lines.append(f"missing in this folder: {', '.join(missing[:6])}")
     for part in report.get("parts", [report]):
         keys = part["keys"]
         lines.append(f"{PART_LABELS[part['part']]}: {part['format']}, {part['bytes'] / 1e9:.2f} GB")
@@ -78,4 +84,4 @@ def render(report: dict[str, Any]) -> str:
 
 def is_complete(report: dict[str, Any]) -> bool:
     """Whether every tensor that the networks need is there in its right shape."""
-    return not any(p["keys"]["missing"] or p["keys"].get("wrong_shape") for p in report.get("parts", [report]))
+    return not any(p["keys"]["missing"] or p["keys"].get("wrong_shape") for p in [report, *report.get("parts", [])])

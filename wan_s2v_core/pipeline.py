@@ -14,6 +14,7 @@ from .conditioning.audio import FEATURE_RATE, clip_count, resample_features, voi
 from .conditioning.image import fit_picture
 from .conditioning.pose import pose_pixels
 from .config import SamplingConfig, VideoConfig
+from .errors import BackendUnavailable, CheckpointError
 from .geometry import (
     FIRST_CLIP_SKIP,
     FRAMES_PER_LATENT,
@@ -27,7 +28,7 @@ from .geometry import (
 from .model.audio_encoder import FEATURE_RATE as SPEECH_RATE
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
-from .model.loading import load
+from .model.loading import find_part, load
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed
@@ -108,6 +109,42 @@ def make_plan(seconds: float, feature_frames: int, video: VideoConfig, geometry:
     return replace(plan, clip_frames=lengths, frames=min(plan.frames, sum(lengths) - skip))
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        BackendUnavailable: if tensors cannot be placed there.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BackendUnavailable(f"device {name!r} cannot be used: {reason}. Use cpu, or cuda with a card.") from error
+    return device
+
+
+def check_parts(checkpoint: Path) -> None:
+    """Whether the four networks of a checkpoint fit each other, before any of them is loaded.
+
+    Raises:
+        CheckpointError: if one is missing, or voice or text are of another width than the DiT reads.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
+    dit, text, speech, _ = (find_part(checkpoint, kind).config for kind in (DIT, TEXT_ENCODER, SPEECH_ENCODER, VAE))
+    for what, given, wanted in (
+        ("the text encoder gives embeddings of width", text["d_model"], dit.text_width),
+        ("the audio encoder gives features of width", speech["hidden_size"], dit.audio_width),
+        ("the audio encoder gives layers", speech["num_hidden_layers"] + 1, dit.audio_layers),
+    ):
+        if given != wanted:
+            raise CheckpointError(
+                f"{checkpoint}: {what} {given}, the DiT reads {wanted}. Use the parts that came with the DiT."
+            )
+
+
 class S2VPipeline:
     """A checkpoint folder, whose networks are loaded when they are first needed.
 
@@ -173,6 +210,7 @@ class S2VPipeline:
             samples: mono at 16 kHz, of `seconds` seconds.
             prompts: prompt and negative prompt.
         """
+        check_parts(self.checkpoint)
         geometry = ClipGeometry(video.clip_frames, video.motion_frames)
         size = output_size(*picture.shape[:2], video.max_area)
         features = self.encode_voice(samples)

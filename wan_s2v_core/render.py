@@ -13,11 +13,11 @@ import torch
 
 from .conditioning.image import read_picture, to_frames
 from .config import DEFAULT_NEGATIVE_PROMPT, JsonConfig, SamplingConfig, VideoConfig
-from .errors import BackendUnavailable, ConfigError
+from .errors import ConfigError
 from .io.audio import Recording, check_recording, read_recording
 from .io.clip_store import ClipStore
 from .io.video import VideoWriter, check_target, preset_of, read_frames
-from .pipeline import Job, S2VPipeline
+from .pipeline import Job, S2VPipeline, usable_device
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class RenderRequest(JsonConfig):
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is not known. Use one of: {', '.join(PRECISIONS)}.")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise BackendUnavailable(f"device={self.device!r} is not usable: no CUDA card here. Use --device cpu.")
+        usable_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ A case is `NAME.safetensors` with a sidecar `NAME.json` that has an `id`; the si
 weights belong to it. A case that cannot be run has failed.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from .io.weights import Weights, open_weights, read_json
 from .model.audio_encoder import normalize_waveform
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import describe, fill, find_part, load_audio_encoder, load_transformer, load_vae
-from .pipeline import sample_clip
+from .pipeline import sample_clip, usable_device
 from .sampling.clips import generate_clips
 from .sampling.schedule import make_schedule
 from .sampling.solvers import make_solver
@@ -169,7 +168,7 @@ def run_dit_forward(case: Case) -> Measured:
 
 
 def run_sampler(case: Case) -> Measured:
-    for name in case.find(r"(.+)\.(?:timesteps|sigmas|traj|model_out)"):
+    for name in sorted({*case.find(r"(.+)\.(?:timesteps|sigmas|traj|model_out)"), *case.sidecar["runs"]}):
         run = case.sidecar["runs"][name]
         config = SamplingConfig(steps=run["steps"], shift=run["shift"], solver=run["solver"])
         schedule = make_schedule(config)
@@ -189,7 +188,7 @@ def run_audio(case: Case) -> Measured:
     yield "hidden_states", "hidden_states", states, case["hidden_states"]
     features = resample_features(states, facts["wav2vec_rate"], facts["video_rate"])
     yield "feat_30fps", "feat_30fps", features, stored
-    for name in case.find(r"(.+)\.(?:bucket|indices)"):
+    for name in sorted({*case.find(r"(.+)\.(?:bucket|indices)"), *facts["combos"]}):
         combo = facts["combos"][name]
         frames, fps = combo["batch_frames"], combo["fps"]
         indices = frame_indices(stored.shape[1], combo["num_repeat"] * frames, fps, facts["video_rate"])
@@ -214,7 +213,7 @@ def run_t5(case: Case) -> Measured:
     fill(encoder, part, torch.float32, case.device)
     hidden, mask = encoder.encode_ids(case["in.ids"], case["in.mask"]), case["in.mask"].bool()
     yield "output", "hidden_full", hidden, case["out.hidden_full"]
-    for index in range(len(hidden)):
+    for index in range(max(len(hidden), len(case.find(r"out\.(context\d+)")))):
         yield "output", f"context{index}", hidden[index][mask[index]], case[f"out.context{index}"]
 
 
@@ -248,7 +247,8 @@ def run_pipeline(case: Case) -> Measured:
     for clip in generate_clips(sample, vae.encode, vae.decode, reference, past, noises, starts):
         videos.append(clip.video[0])
         name = f"clip{clip.index}.latents"
-        yield "clipR.latents", name, clip.latents.reshape(case[name].shape), case[name]
+        stored = case[name]
+        yield "clipR.latents", name, clip.latents if stored.ndim == clip.latents.ndim else clip.latents[0], stored
     yield "out.video", "out.video", torch.cat(videos, dim=1), case["out.video"]
 
 
@@ -302,9 +302,12 @@ def run_case(path: Path, root: Path, device: torch.device) -> Iterator[Result]:
         if kind not in RUNNERS:
             yield failure(name, kind, f"the id {kind!r} is not known; known are {', '.join(RUNNERS)}")
             return
+        case = Case(path, sidecar, open_weights(path), device)
+        for promised in sidecar.get("tensors", {}):
+            case[promised]
         rules = read_bounds(path.parent, root)[kind]
         with torch.inference_mode():
-            for rule, quantity, value, reference in RUNNERS[kind](Case(path, sidecar, open_weights(path), device)):
+            for rule, quantity, value, reference in RUNNERS[kind](case):
                 for metric, bound in known_limits(rules[rule]):
                     yield judge(name, kind, quantity, metric, bound, value, reference)
                     measured += 1
@@ -332,27 +335,24 @@ def judge(name: str, kind: str, quantity: str, metric: str, bound: float, value:
 
 
 def find_cases(root: Path) -> list[Path]:
-    """Cases below a folder: sidecars with an id, with or without tensors, and tensors without a readable sidecar.
+    """Cases below a folder: all tensors, whatever their sidecar says, and sidecars with an id but without tensors.
 
-    What has a JSON without an id is a reference table, and the weights in a transformers model folder belong to a
-    case elsewhere.
+    Other JSON files are reference tables, and the weights in a transformers model folder belong to a case elsewhere.
     """
     tensors = {path for path in root.rglob("*.safetensors") if not _in_model_folder(path)}
-    sidecars = {path.with_suffix(".safetensors"): _says_id(path) for path in root.rglob("*.json")}
-    return sorted(path for path in tensors | set(sidecars) if sidecars.get(path, path in tensors))
+    return sorted(tensors | {path.with_suffix(".safetensors") for path in root.rglob("*.json") if _has_id(path)})
 
 
 def _in_model_folder(path: Path) -> bool:
-    return path.stem.startswith("model") and (path.parent / "config.json").is_file()
+    is_case = path.with_suffix(".json").is_file()
+    return path.stem.startswith("model") and not is_case and (path.parent / "config.json").is_file()
 
 
-def _says_id(path: Path) -> bool:
-    """Whether a sidecar claims to be a case; one beside tensors that cannot be read is a damaged claim."""
+def _has_id(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return path.with_suffix(".safetensors").is_file()
-    return isinstance(content, dict) and "id" in content
+        return "id" in read_json(path)
+    except CheckpointError:
+        return False
 
 
 def verify(root: Path, device: str = "cpu") -> list[Result]:
@@ -363,10 +363,7 @@ def verify(root: Path, device: str = "cpu") -> list[Result]:
     """
     if not root.is_dir():
         raise ConfigError(f"{root} is not a folder. Give the folder that holds the golden cases.")
-    try:
-        torch_device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}. Use cpu.") from error
+    torch_device = usable_device(device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is meant
         results = [result for path in find_cases(root) for result in run_case(path, root, torch_device)]
     nothing = "no case found: a case is NAME.safetensors with a NAME.json that has an id"

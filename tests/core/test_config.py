@@ -24,6 +24,7 @@ def test_configs_survive_json(config):
         (lambda: S2VModelConfig(injected_blocks=(4, 4)), "injected_blocks"),
         (lambda: S2VModelConfig(injected_blocks=(0, 40)), "blocks=40"),
         (lambda: SamplingConfig(steps=0), "steps=0"),
+        (lambda: SamplingConfig(seed=2**63), "seed=9223372036854775808"),
         (lambda: SamplingConfig(shift=0), "shift=0"),
         (lambda: SamplingConfig(shift=float("nan")), "shift=nan"),
         (lambda: SamplingConfig(solver="heun"), "solver='heun'.*unipc"),

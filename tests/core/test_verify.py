@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from wan_s2v_core.verify import BOUNDS, verify
@@ -172,6 +171,37 @@ def test_no_folder_is_a_usage_error(tmp_path, run_cli):
 
 def test_reference_tables_are_no_cases(folder):
     (folder / "table.json").write_text('{"rows": []}')
-    (folder / "a/b/table.json").write_text('{"rows": []}')
-    save_file({"x": torch.zeros(1)}, folder / "a/b/table.safetensors")
     assert reasons(folder) == []
+
+
+def test_tensors_whose_sidecar_has_no_id_fail(folder):
+    path = folder / "a/b/t5_tiny.json"
+    sidecar = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in sidecar.items() if name != "id"}))
+    assert "'?' is not known" in reasons(folder)[0]
+
+
+def test_removed_run_fails(folder):
+    path = folder / "a/b/scheduler_unipc.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "shift5" not in name}, path)
+    assert "shift5_steps40.timesteps" in reasons(folder)[0]
+
+
+def test_removed_row_fails(folder):
+    path = folder / "a/b/t5_tiny.safetensors"
+    rows = {name: value[:1].clone() for name, value in load_file(path).items() if name.startswith(("in.", "out.h"))}
+    save_file(load_file(path) | rows, path)
+    assert reasons(folder)
+
+
+def test_promised_tensor_that_is_missing_fails(folder):
+    path = folder / "a/b/t5_tiny.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tensors": {"in.other": {"shape": [1]}}}))
+    assert "in.other" in reasons(folder)[0]
+
+
+def test_deeply_nested_json_ends_nothing(folder):
+    (folder / "deep.json").write_text("[" * 100_000)
+    assert reasons(folder) == []
+    (folder / "a/b/t5_tiny.json").write_text("[" * 100_000)
+    assert len(reasons(folder)) == 1

@@ -76,9 +76,13 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} is not there. A weights file was expected; check the name and the folder.")
-    with path.open("rb") as file:
-        start = file.read(32)
+        what = "no regular file" if path.exists() else "not there"
+        raise CheckpointError(f"{path} is {what}. A weights file was expected; check the name and the folder.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
     for magic, what, cure in FOREIGN_STARTS:
         if start.startswith(magic):
             raise CheckpointError(f"{path} is {what}. {cure}")
@@ -103,10 +107,7 @@ def open_shards(folder: Path, stem: str) -> Weights:
         wanted = _read_index(index)
         names = sorted(set(wanted.values()))
     else:
-        names, wanted = sorted(file.name for file in folder.glob(f"{stem}*.safetensors")), {}
-        if numbered := re.fullmatch(r".*-\d+-of-(\d+)\.safetensors", names[0]) if names else None:
-            count = int(numbered[1])
-            names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names, wanted = _shards_without_index(folder, stem), {}
     if not names:
         raise CheckpointError(f"{folder} holds no {stem}*.safetensors. Point to the folder that holds the shards.")
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -126,11 +127,20 @@ def open_shards(folder: Path, stem: str) -> Weights:
     return Weights(folder, entries, parts[0].metadata, layout, tuple(folder / name for name in names))
 
 
+def _shards_without_index(folder: Path, stem: str) -> list[str]:
+    """`stem`.safetensors, or all shards of which one is there; other files that begin alike do not count."""
+    if (folder / f"{stem}.safetensors").is_file():
+        return [f"{stem}.safetensors"]
+    numbered = (re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.safetensors", file.name) for file in folder.iterdir())
+    count = max((int(match[1]) for match in numbered if match), default=0)
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def _read_index(index: Path) -> dict[str, str]:
     content = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{index} has no weight_map. Download the index file again.")
-    if outside := [name for name in content.values() if Path(name).name != name]:
+    if outside := [name for name in content.values() if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}. Do not use this download.")
     return content
 
@@ -156,7 +166,7 @@ def parse_json(text: str, origin: str) -> dict:
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{origin} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{origin} holds a {type(content).__name__}, not a JSON object. Download it again.")
@@ -188,17 +198,19 @@ def _open_pickle(path: Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here "
-            f"({reason}). Use a safetensors file, or a .pth from the official repository."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is not a complete PyTorch file: {reason}. Download it again.") from error
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):  # PyTorch's words for what it refuses to call
+            raise CheckpointError(
+                f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here. "
+                "Use a safetensors file, or a .pth from the official repository."
+            ) from error
+        raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(
             f"{path} is not a plain set of named tensors. Use the official file or a safetensors one."
         )

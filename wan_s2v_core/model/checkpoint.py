@@ -4,6 +4,7 @@ Layouts read: the official folder of Wan2.2-S2V-14B and ComfyUI's single files; 
 transformers' names.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,25 @@ def dit_name(ours: str) -> str:
     return rename(ours, DIT_RULES)
 
 
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Whether a setting is what it should be: whole numbers above or at 0, numbers, words, switches or lists of such.
+
+    Raises:
+        CheckpointError: naming setting and value.
+    """
+    fits = {
+        int: type(value) is int and 0 <= value < 2**31,
+        float: type(value) in (int, float) and 0 <= value < 1,
+        bool: type(value) is bool,
+        str: type(value) is str,
+        list: type(value) in (list, tuple) and all(type(item) is int and item >= 0 for item in value),
+    }
+    if not fits[kind]:
+        wanted = {int: "a whole number", float: "a small number", bool: "true or false", str: "a word"}
+        what = wanted.get(kind, "a list of whole numbers")
+        raise CheckpointError(f"config.json sets {name}={value!r}; {what} is expected. Use the released config.json.")
+
+
 def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
     """An official config.json as ours; what it leaves out is the 14B model's.
 
@@ -126,6 +146,10 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
                 f"config.json sets {name}={value}; only {needed} is supported. Use the released config.json."
             )
     values = {ours: official[theirs] for ours, theirs in DIT_SETTINGS.items() if theirs in official}
+    released = S2VModelConfig()
+    for ours, value in values.items():
+        kind = type(getattr(released, ours))
+        check_kind(DIT_SETTINGS[ours], value, list if kind is tuple else kind)
     layers = values.get("injected_blocks", S2VModelConfig.injected_blocks)
     values["injected_blocks"] = injector_places(layers, values.get("blocks", S2VModelConfig.blocks))
     if official.get("out_dim", values.get("latent_channels", 16)) != values.get("latent_channels", 16):
@@ -285,24 +309,36 @@ OLD_WEIGHT_NORM: Rules = (  # transformers -> files older than PyTorch's paramet
 POSITION = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
 SPEECH_EXTRAS = re.compile(r"^(wav2vec2\.)?(lm_head|quantizer|project_q|project_hid|masked_spec_embed)\b")
 """Parts of a wav2vec 2.0 file that only training and transcription use."""
-SPEECH_SETTINGS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "conv_dim",
-    "conv_kernel",
-    "conv_stride",
-    "conv_bias",
-    "feat_extract_norm",
-    "feat_extract_activation",
-    "do_stable_layer_norm",
-    "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups",
-)
-"""Entries of a wav2vec 2.0 config.json that describe the network."""
+SPEECH_SETTINGS = {
+    "hidden_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "intermediate_size": int,
+    "hidden_act": str,
+    "layer_norm_eps": float,
+    "conv_dim": list,
+    "conv_kernel": list,
+    "conv_stride": list,
+    "conv_bias": bool,
+    "feat_extract_norm": str,
+    "feat_extract_activation": str,
+    "do_stable_layer_norm": bool,
+    "num_conv_pos_embeddings": int,
+    "num_conv_pos_embedding_groups": int,
+}
+"""Entries of a wav2vec 2.0 config.json that describe the network, and their kinds."""
+
+
+def speech_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a wav2vec 2.0 config.json that describes the network.
+
+    Raises:
+        CheckpointError: if an entry is of another kind.
+    """
+    values = {name: settings[name] for name in SPEECH_SETTINGS if name in settings}
+    for name, value in values.items():
+        check_kind(name, value, SPEECH_SETTINGS[name])
+    return values
 
 
 def speech_naming(entries: Mapping[str, WeightEntry]) -> Callable[[str], str]:
@@ -348,23 +384,16 @@ def is_scale(name: str) -> bool:
 
 
 def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
-    """One tensor as floating point; scaled 8-bit weights are multiplied out in float32.
-
-    Raises:
-        CheckpointError: if its scales do not fit it.
-    """
-    entry = entries[name]
-    base = name.removesuffix(".weight")
-    scale = next((entries[key] for s in SCALE_SUFFIXES if (key := f"{base}.{s}") in entries), None)
+    """One tensor as floating point; scaled 8-bit weights are multiplied out in float32."""
+    entry, scale = entries[name], find_scale(entries, name)
     if entry.dtype not in FLOAT8 or scale is None:
         return entry.read()
-    factor = scale.read().float()
-    if factor.numel() not in (1, entry.shape[0]):
-        raise CheckpointError(
-            f"{name} has {factor.numel()} scales for {entry.shape[0]} rows. One scale, or one for each row, is read; "
-            "use another 8-bit file or the bf16 one."
-        )
-    return entry.read().float() * factor.view(-1, *[1] * (len(entry.shape) - 1))
+    return entry.read().float() * scale.read().float().view(-1, *[1] * (len(entry.shape) - 1))
+
+
+def find_scale(entries: Mapping[str, WeightEntry], name: str) -> WeightEntry | None:
+    base = name.removesuffix(".weight")
+    return next((entries[key] for suffix in SCALE_SUFFIXES if (key := f"{base}.{suffix}") in entries), None)
 
 
 # --- telling files apart -----------------------------------------------------------------------------------------
@@ -376,8 +405,8 @@ PART_LABELS = {
     TEXT_ENCODER: "umT5 text encoder",
     SPEECH_ENCODER: "wav2vec 2.0 audio encoder",
 }
+LORA = re.compile(r"(lora_(up|down|A|B)|hada_w\d|lokr_w\d)\b")
 OTHER_FAMILIES: tuple[tuple[str, Callable[[Mapping[str, WeightEntry]], bool]], ...] = (
-    ("a LoRA, not a whole model", lambda e: any(re.search(r"lora_(up|down|A|B)\b", name) for name in e)),
     ("Wan VACE", lambda e: any(name.startswith("vace_blocks.") for name in e)),
     ("Wan Animate", lambda e: any(name.startswith(("face_adapter.", "motion_encoder.")) for name in e)),
     ("Wan image-to-video with an image encoder", lambda e: "img_emb.proj.0.weight" in e),
@@ -439,11 +468,31 @@ def recognize(weights: Weights) -> Recognized:
                 f"{weights.path} is a {PART_LABELS[found.part]} with {name} stored as {stored}, a packed format that "
                 "is not read here. Use the bf16, fp16, fp32 or fp8_scaled file."
             )
+        if entry.dtype in FLOAT8:
+            check_scale(found.entries, name)
     return found
+
+
+def check_scale(entries: Mapping[str, WeightEntry], name: str) -> None:
+    """Whether an 8-bit weight has the scales it needs.
+
+    Raises:
+        CheckpointError: if they are missing in a file that says it has some, or do not fit.
+    """
+    scale = find_scale(entries, name)
+    if scale is None and "scaled_fp8" in entries and name.endswith(".weight"):
+        raise CheckpointError(f"{name} has no scale in a file that is marked as scaled. Download it again.")
+    if scale is not None and (count := math.prod(scale.shape)) not in (1, entries[name].shape[0]):
+        raise CheckpointError(
+            f"{name} has {count} scales for {entries[name].shape[0]} rows. One scale, or one for each row, is read; "
+            "use another 8-bit file or the bf16 one."
+        )
 
 
 def _recognize(weights: Weights) -> Recognized:
     entries = _strip_prefix(weights.entries)
+    if any(LORA.search(name) for name in entries):
+        raise CheckpointError(f"{weights.path} is a LoRA, not a whole model. {_wanted()}")
     if any(name.startswith("casual_audio_encoder.") for name in entries):
         return Recognized(DIT, "ComfyUI" if is_quantized(entries) else "official", entries, dit_name)
     if "token_embedding.weight" in entries and "blocks.0.pos_embedding.embedding.weight" in entries:

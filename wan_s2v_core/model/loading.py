@@ -18,7 +18,6 @@ from .checkpoint import (
     DIT,
     PART_LABELS,
     SPEECH_ENCODER,
-    SPEECH_SETTINGS,
     TEXT_ENCODER,
     TIED_TEXT_NAMES,
     TOKENIZER_TENSOR,
@@ -34,6 +33,7 @@ from .checkpoint import (
     infer_vae_sizes,
     read_weight,
     recognize,
+    speech_config,
 )
 from .dit import S2VTransformer
 from .text_encoder import TextEncoder, Tokenizer, tokenizer_from_folder, tokenizer_from_sentencepiece
@@ -69,7 +69,21 @@ class Part:
         return self.found.part
 
     def build(self) -> nn.Module:
-        """The network without weights, on the meta device."""
+        """The network without weights, on the meta device.
+
+        Raises:
+            CheckpointError: if its sizes do not make a network.
+        """
+        try:
+            return self._build()
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{self.weights.path}: no {PART_LABELS[self.kind]} can be built from its sizes ({reason}). "
+                "Use the released file and its own config.json."
+            ) from error
+
+    def _build(self) -> nn.Module:
         with torch.device("meta"):
             if self.kind == DIT:
                 return S2VTransformer(self.config)
@@ -91,7 +105,9 @@ def find_part(path: str | Path, wanted: str | None = None) -> Part:
     Raises:
         CheckpointError: if it is missing, damaged, or something else.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there. Give a weights file or a checkpoint folder.")
     if path.is_dir() and wanted in OFFICIAL_FILES:
         path = _companion(path, wanted)
     part = describe(_open_folder(path, wanted) if path.is_dir() else _open_file(path))
@@ -111,9 +127,16 @@ def describe(weights: Weights) -> Part:
     found = recognize(weights)
     try:
         config = _dit_config(weights, found) if found.part == DIT else _encoder_config(weights, found)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise CheckpointError(
             f"{weights.path} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
+        ) from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{weights.path} looks like a {PART_LABELS[found.part]}, but its tensors have shapes of none. "
+            "Use another file."
         ) from error
     return Part(weights, found, config)
 
@@ -150,12 +173,13 @@ def _open_file(path: Path) -> Weights:
 
 def _dit_config(weights: Weights, found: Recognized) -> S2VModelConfig:
     """From the folder's config.json; for a file from its metadata, a JSON beside it, or its shapes."""
-    beside, folder = weights.path.with_suffix(".json"), weights.files[0].parent
+    folder = weights.files[0].parent
     if weights.path.is_dir() or weights.path.stem == DIT_STEM:
         official = read_json(folder / "config.json")
     elif "config" in weights.metadata:
         official = parse_json(weights.metadata["config"], f"the config in {weights.path}")
     else:
+        beside = weights.path.with_suffix(".json")
         official = read_json(beside).get("config") if beside.is_file() else None
     if not isinstance(official, dict):
         return infer_dit_config(found.shape)
@@ -169,8 +193,7 @@ def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
         return infer_text_sizes(found.shape)
     config_file = weights.files[0].parent / "config.json"
     if weights.files[0].stem in TRANSFORMERS_STEMS and config_file.is_file():
-        settings = read_json(config_file)
-        return {name: settings[name] for name in SPEECH_SETTINGS if name in settings}
+        return speech_config(read_json(config_file))
     return infer_speech_settings(found.shape)
 
 

@@ -43,7 +43,7 @@ class Clip:
 
 def clip_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.device | str) -> Tensor:
     """Float32 noise of one clip from a CPU generator seeded with seed + index: the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)).to(device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed((seed + index) % 2**63)).to(device)
 
 
 def generate_clips(
