@@ -26,6 +26,7 @@ from wan_s2v_core.model.checkpoint import (  # noqa: E402
     SPEECH_ENCODER,
     SPEECH_PREFIX,
     TEXT_ENCODER,
+    TIED_TEXT_NAMES,
     VAE,
     dit_name,
     official_dit_config,
@@ -95,8 +96,9 @@ def train_tokenizer() -> bytes:
 def bfloat16_weights(network: torch.nn.Module, naming) -> dict[str, torch.Tensor]:
     """A network's weights under foreign names, tied ones once."""
     weights = {name.removeprefix(WRAPPED): value for name, value in network.state_dict().items()}
-    weights.pop("encoder.embed_tokens.weight", None)
-    return {naming(name): value.bfloat16().contiguous() for name, value in weights.items()}
+    return {
+        naming(name): value.bfloat16().contiguous() for name, value in weights.items() if name not in TIED_TEXT_NAMES
+    }
 
 
 def write_json(path: Path, content: dict) -> None:

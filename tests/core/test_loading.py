@@ -344,9 +344,26 @@ def test_index_and_shards_of_different_downloads(folder):
     refused(lambda: load_transformer(folder), "blocks.99.modulation", "different downloads")
 
 
+def test_a_folder_is_found_from_inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert find_part(".", names.DIT).kind == names.DIT
+
+
+def test_files_that_begin_alike_are_left_alone(folder):
+    """transformers folders often hold the same weights twice, and LoRAs lie beside models."""
+    speech = folder / SPEECH_FOLDER
+    save_file({"other": torch.zeros(1)}, speech / "model.fp16.safetensors")
+    save_file({"other": torch.zeros(1)}, folder / f"{DIT_STEM}_lora.safetensors")
+    (folder / f"{DIT_STEM}.safetensors.index.json").unlink()
+    assert find_part(folder, names.SPEECH_ENCODER).weights.layout == "safetensors"
+    assert len(find_part(folder, names.DIT).weights.files) == 2
+
+
 def test_index_that_leaves_its_folder(folder):
     index = folder / f"{DIT_STEM}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    refused(lambda: load_transformer(folder), "outside its folder")
+    index.write_text(json.dumps({"weight_map": {"a": 7}}))
     refused(lambda: load_transformer(folder), "outside its folder")
 
 
@@ -370,8 +387,45 @@ def test_pickle_that_runs_code(folder, tmp_path):
 def test_old_pickle_that_runs_code(folder, tmp_path):
     target = tmp_path / "written by the attack"
     (folder / TEXT_FILE).write_bytes(pickle.dumps(Attack(target)))
-    refused(lambda: load_text_encoder(folder), TEXT_FILE)
-    assert not target.exists()
+    message = refused(lambda: load_text_encoder(folder), TEXT_FILE, "wants to run code")
+    assert "weights_only" not in message and not target.exists()
+
+
+@pytest.mark.parametrize("cut", [2, 20, 60, 150])
+def test_truncated_old_pickle(tmp_path, cut):
+    path = tmp_path / "old.pth"
+    torch.save({"weight": torch.zeros(400)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:cut])
+    assert "run code" not in refused(lambda: open_weights(path), "not a complete PyTorch file")
+
+
+def test_pickle_without_names(tmp_path):
+    torch.save({0: torch.zeros(3)}, tmp_path / "x.pth")
+    refused(lambda: open_weights(tmp_path / "x.pth"), "not a plain set of named tensors")
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(7)])
+def test_float8_without_fitting_scales(scale, dit_weights, tiny_maker, tmp_path):
+    name = "blocks.1.ffn.0.weight"
+    packed = dit_weights | {name: dit_weights[name].to(torch.float8_e4m3fn)}
+    packed["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    if scale is not None:
+        packed[name.replace(".weight", ".scale_weight")] = scale
+    message = "no scale" if scale is None else "7 scales for 256 rows"
+    refused(lambda: single_file(packed, tmp_path / "x.safetensors", tiny_maker.DIT_CONFIG), name, message)
+
+
+def test_lora_of_the_audio_encoder_is_a_lora(tmp_path):
+    save_file(
+        {"casual_audio_encoder.encoder.final_linear.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "x.safetensors"
+    )
+    refused(lambda: load_transformer(tmp_path / "x.safetensors"), "is a LoRA")
+
+
+def test_tensors_of_odd_rank(dit_weights, tmp_path):
+    name = "casual_audio_encoder.encoder.conv1_local.conv.weight"
+    save_file(dit_weights | {name: torch.zeros(4)}, tmp_path / "x.safetensors")
+    refused(lambda: load_transformer(tmp_path / "x.safetensors"), "shapes of none")
 
 
 @pytest.mark.parametrize("kind", OFFICIAL_FILES)
@@ -453,6 +507,32 @@ def test_config_of_another_model(folder, change, message):
     refused(lambda: load_transformer(folder), message)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", "6"),
+        ("num_layers", None),
+        ("dim", 96.0),
+        ("dim", 4 * 10**15),
+        ("eps", "1e-6"),
+        ("audio_inject_layers", None),
+        ("audio_inject_layers", [0.5, 2]),
+        ("enable_adain", 1),
+    ],
+)
+def test_settings_of_another_kind(folder, name, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    refused(lambda: find_part(folder, names.DIT), f"config.json sets {name}={value!r}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden_size", "32"), ("conv_dim", 16), ("num_attention_heads", 5)])
+def test_speech_settings_of_another_kind(folder, name, value):
+    path = folder / SPEECH_FOLDER / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(lambda: load_audio_encoder(folder), "wav2vec" if value == 5 else f"sets {name}={value!r}")
+
+
 def test_config_that_is_missing_or_no_json(folder):
     (folder / "config.json").write_text("{,")
     refused(lambda: load_transformer(folder), "config.json cannot be read as JSON")
@@ -504,6 +584,14 @@ def test_inspect_says_what_is_missing_and_unexpected(dit_weights, tiny_maker, tm
     assert code == 1
     assert report["keys"] == {"matched": 233, "missing": ["head.modulation"], "unexpected": ["extra.weight"]}
     assert "missing: 1, such as head.modulation" in run_cli("inspect", tmp_path / "x.safetensors")[1]
+
+
+def test_inspect_names_what_a_folder_lacks(folder, run_cli):
+    (folder / VAE_FILE).unlink()
+    shutil.rmtree(folder / "google")
+    code, out, _ = run_cli("inspect", folder, "--json")
+    assert code == 1 and json.loads(out)["keys"]["missing"] == [VAE_FILE, TOKENIZER_FOLDER]
+    assert run_cli("inspect", folder)[1].startswith(f"missing in this folder: {VAE_FILE}")
 
 
 def test_inspect_what_cannot_be_read(tmp_path, run_cli):

@@ -200,8 +200,8 @@ def _open_pickle(path: Path) -> Weights:
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):  # PyTorch's words for what it refuses to call
             raise CheckpointError(
-                f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here. "
-                "Use a safetensors file, or a .pth from the official repository."
+                f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here "
+                "(a file that was cut short can look the same). Use a safetensors file or the official .pth."
             ) from error
         raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
