@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .conditioning.audio import FEATURE_RATE, clip_count, resample_features, voice_per_frame
+from .conditioning.audio import FEATURE_HZ, clip_count, resample_features, voice_per_frame
 from .conditioning.image import fit_picture
 from .conditioning.pose import pose_pixels
 from .config import SamplingConfig, VideoConfig
@@ -25,7 +25,7 @@ from .geometry import (
     output_size,
     plan_clips,
 )
-from .model.audio_encoder import FEATURE_RATE as SPEECH_RATE
+from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import find_part, load
@@ -192,7 +192,7 @@ class S2VPipeline:
     def encode_voice(self, samples: Tensor) -> Tensor:
         """Mono samples at 16 kHz -> features A T E at 30 Hz on the device."""
         with self.network(SPEECH_ENCODER) as encoder:
-            return resample_features(encoder.hidden_states(samples), SPEECH_RATE, FEATURE_RATE).to(self.device)
+            return resample_features(encoder.hidden_states(samples), SPEECH_FEATURE_HZ, FEATURE_HZ).to(self.device)
 
     def prepare(
         self,

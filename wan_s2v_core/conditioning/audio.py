@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURE_RATE = 30
+FEATURE_HZ = 30
 """Rate that the reference resamples wav2vec's 50 Hz to before it picks video frames."""
 
 
-def resample_features(hidden_states: Tensor, rate: int, target_rate: int = FEATURE_RATE) -> Tensor:
+def resample_features(hidden_states: Tensor, rate: int, target_rate: int = FEATURE_HZ) -> Tensor:
     """Linear interpolation over time, ends aligned. A T E at `rate` -> A T E at `target_rate`."""
     frames = int(hidden_states.shape[1] / rate * target_rate)
     x = F.interpolate(hidden_states.transpose(1, 2), size=frames, align_corners=True, mode="linear")
     return x.transpose(1, 2)
 
 
-def clip_count(feature_frames: int, clip_frames: int, fps: float, rate: int = FEATURE_RATE) -> int:
+def clip_count(feature_frames: int, clip_frames: int, fps: float, rate: int = FEATURE_HZ) -> int:
     """Clips that the reference makes. It always rounds up, also past an exact multiple: a silent clip at the end."""
     return int(feature_frames / (clip_frames * rate / fps)) + 1
 
 
-def frame_indices(feature_frames: int, video_frames: int, fps: float, rate: int = FEATURE_RATE) -> np.ndarray:
+def frame_indices(feature_frames: int, video_frames: int, fps: float, rate: int = FEATURE_HZ) -> np.ndarray:
     """Which feature frame belongs to each video frame; those at or past `feature_frames` are silence.
 
     Rounds halves to even on numpy's linspace, as the reference does: the ties matter.
@@ -50,7 +50,7 @@ def voice_per_frame(features: Tensor, frames: int, fps: float, lead: int) -> Ten
 
 
 def audio_embeddings(
-    features: Tensor, clips: int, clip_frames: int, fps: float, neighbours: int = 0, rate: int = FEATURE_RATE
+    features: Tensor, clips: int, clip_frames: int, fps: float, neighbours: int = 0, rate: int = FEATURE_HZ
 ) -> Tensor:
     """One embedding per video frame for `clips` clips.
 

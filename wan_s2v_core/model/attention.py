@@ -30,14 +30,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
     return scaled_dot_product(q, k, v)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention over all tokens. `attend` is the seam: replace the callable, not this class."""
+class Attention(nn.Module):
+    """What both kinds of attention have: four products, and norms over the whole width of queries and keys."""
 
     def __init__(self, width: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=eps), nn.RMSNorm(width, eps=eps)
+
+
+class SelfAttention(Attention):
+    """Self-attention over all tokens. `attend` is the seam: replace the callable, not this class."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__(width, heads, eps)
         self.attend: Attend = sdpa
 
     def forward(self, x: Tensor, context: BlockContext, turn=rotate) -> Tensor:  # x: B L E
@@ -46,14 +53,8 @@ class SelfAttention(nn.Module):
         return self.out(self.attend(turn(q, context.rope), turn(k, context.rope), v, context).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention of the tokens to a few others. `keys_values` is a seam: they depend on no timestep."""
-
-    def __init__(self, width: int, heads: int, eps: float):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(width, eps=eps), nn.RMSNorm(width, eps=eps)
 
     def keys_values(self, others: Tensor) -> tuple[Tensor, Tensor]:
         """B L E -> two of B L N D."""

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAMPLE_RATE = 16000
-FEATURE_RATE = 50
+SPEECH_FEATURE_HZ = 50
 """Nominal feature frames per second of wav2vec 2.0."""
 
 
