@@ -13,8 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError, WanS2VError
+
+if TYPE_CHECKING:
+    from .config import SamplingConfig, VideoConfig
+    from .render import RenderRequest
+
+log = logging.getLogger(__name__)
 
 FINE, CHECK_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
@@ -48,25 +55,26 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    from .assets import PORTRAIT, embedded
     from .config import SamplingConfig, VideoConfig
-    from .render import RenderRequest, clips_folder, render
+    from .render import RenderRequest
 
     for flag, needs in NOT_YET.items():
         if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
             raise ConfigError(f"--{flag} is not included: it comes with {needs}. Leave it out.")
-    device = options.device or best_device()
-    on_card = device != "cpu"
+    if options.image is None:
+        log.warning("no --image is given: the portrait that comes with the pack is used")
     request = RenderRequest(
         checkpoint=options.ckpt_dir,
         audio=options.audio,
-        image=options.image,
+        image=options.image or str(embedded(PORTRAIT)),
         save_file=options.save_file or time.strftime("s2v_%Y%m%d_%H%M%S.mp4"),
         prompt=options.prompt,
         pose_video=options.pose_video,
         audio_start=options.audio_start,
         audio_seconds=options.audio_seconds,
-        device=device,
-        precision=options.precision or ("bfloat16" if on_card or options.convert_model_dtype else "float32"),
+        device=options.device or best_device(),
+        precision=options.precision or ("bfloat16" if options.convert_model_dtype else "auto"),
         offload=options.offload_model,
         text_on_cpu=options.t5_cpu,
         keep_clips=options.keep_clips,
@@ -81,6 +89,7 @@ def run_generate(options: argparse.Namespace) -> int:
         clip_plan=options.clip_plan,
         starts_from_reference=options.start_from_ref,
         clips=options.num_clip,
+        hears_past=options.hear_past,
     )
     sampling = SamplingConfig(
         steps=options.sample_steps,
@@ -90,14 +99,39 @@ def run_generate(options: argparse.Namespace) -> int:
         guidance_scale=max(1.0, options.sample_guide_scale),
         audio_guidance_scale=options.audio_guide_scale,
         seed=options.base_seed if options.base_seed >= 0 else random.SystemRandom().randrange(2**31),
+        noise=options.noise,
     )
+    return make_video(request, video, sampling, options.json)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from .assets import CHECKPOINT, DEMO_PROMPT, PORTRAIT, VOICE, embedded
+    from .config import SamplingConfig, VideoConfig
+    from .render import RenderRequest
+
+    request = RenderRequest(
+        checkpoint=str(embedded(CHECKPOINT)),
+        audio=options.audio or str(embedded(VOICE)),
+        image=options.image or str(embedded(PORTRAIT)),
+        save_file=options.save_file,
+        prompt=DEMO_PROMPT,
+        device=best_device(),
+    )
+    log.warning("the embedded checkpoint is tiny and has random weights: it shows that all works, and draws noise")
+    video = VideoConfig(max_area=128 * 128)
+    return make_video(request, video, SamplingConfig(steps=4), options.json)
+
+
+def make_video(request: "RenderRequest", video: "VideoConfig", sampling: "SamplingConfig", as_json: bool) -> int:
+    from .render import clips_folder, render
+
     try:
-        report = render(request, video, sampling, None if options.json else show_step)
+        report = render(request, video, sampling, None if as_json else show_step)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
         print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
         raise
-    print(json.dumps(report.to_dict()) if options.json else report.path)
+    print(json.dumps(report.to_dict()) if as_json else report.path)
     return FINE
 
 
@@ -150,7 +184,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--task", default="s2v-14B", choices=["s2v-14B"])
     add("--ckpt_dir", required=True, help="folder of Wan2.2-S2V-14B, or one in its layout")
     add("--audio", required=True, help="recording; any format that FFmpeg reads, also the sound of a video")
-    add("--image", required=True, help="reference picture")
+    add("--image", help="reference picture; a drawn portrait by default")
     add("--prompt", default="", help="what is to be seen")
     add("--negative_prompt", help="what is not; the reference's by default")
     add("--save_file", help="the video; s2v_TIME.mp4 by default")
@@ -182,7 +216,9 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--timing", default="aligned", help="aligned, or reference: pictures 3 frames ahead of the sound")
     add("--clip_plan", default="audio", help="audio: as long as the sound; reference: whole clips")
     add("--device", help="cuda if there is a card, else cpu")
-    add("--precision", help="bfloat16 (default on a card), float16 or float32 (default on a CPU)")
+    add("--precision", help="bfloat16 (default on a card), float16, float32 (default on a CPU) or float8-weights")
+    add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
+    add("--hear_past", action="store_true", help="a clip hears what was said before it, not its first moment held")
     add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
@@ -208,6 +244,12 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("path", type=Path, help="weights file or checkpoint folder")
     look.set_defaults(run=run_inspect)
     add_generate(commands, common)
+
+    show = commands.add_parser("demo", parents=[common], help="run the embedded tiny model on the embedded voice")
+    show.add_argument("--audio", help="another recording")
+    show.add_argument("--image", help="another picture")
+    show.add_argument("--save_file", default="demo.mp4", help="default %(default)s")
+    show.set_defaults(run=run_demo)
     return parser
 
 

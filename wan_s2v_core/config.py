@@ -1,5 +1,6 @@
 """Settings as frozen dataclasses that survive JSON. Importable without torch; defaults have their home here."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -23,6 +24,12 @@ class JsonConfig:
                 f"{cls.__name__} has no setting {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
             )
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ConfigError if a setting is none of the words it may be."""
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
 
 
 UNUSED = -1
@@ -79,6 +86,7 @@ class S2VModelConfig(JsonConfig):
 
 SOLVERS = ("unipc", "dpm++", "euler")
 SIGMA_SPACINGS = ("flow", "karras")
+NOISES = ("cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ class SamplingConfig(JsonConfig):
     """How a clip is denoised. The defaults are the reference's.
 
     `guidance_scale` weighs the prompt against the negative prompt; `audio_guidance_scale` weighs the voice against
-    silence and follows `guidance_scale` when it is None, which is the reference and the cheapest.
+    silence and follows `guidance_scale` when it is None, which is the reference and the cheapest. `noise`: cpu draws
+    float32 numbers that are the same on every device; reference draws bfloat16 ones on the device itself and keeps the
+    latents in bfloat16 between steps.
     """
 
     steps: int = 40
@@ -96,16 +106,16 @@ class SamplingConfig(JsonConfig):
     guidance_scale: float = 4.5
     audio_guidance_scale: float | None = None
     seed: int = 0
+    noise: str = "cpu"
 
     def __post_init__(self):
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps}: at least one step is needed. Use 40, or 4 to 8 for a quick look.")
         if not 0 < self.shift < float("inf"):
             raise ConfigError(f"shift={self.shift} must be above 0. Use 3 at 480p and 5 at 720p.")
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"solver={self.solver!r} is not known. Use one of: {', '.join(SOLVERS)}.")
-        if self.sigmas not in SIGMA_SPACINGS:
-            raise ConfigError(f"sigmas={self.sigmas!r} is not known. Use one of: {', '.join(SIGMA_SPACINGS)}.")
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("sigmas", self.sigmas, SIGMA_SPACINGS)
+        check_choice("noise", self.noise, NOISES)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} is outside 0 to 2^63 - 1. Use a smaller one.")
         for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
@@ -128,7 +138,9 @@ class VideoConfig(JsonConfig):
 
     `timing`: aligned puts frame 0 at time 0 of the sound; the reference plays its pictures 3 frames ahead.
     `clip_plan`: audio makes as many frames as the sound lasts; the reference makes whole clips, one more than needed
-    when the sound ends with a clip. `max_area` bounds the pixels of a frame; the picture gives the aspect.
+    when the sound ends with a clip. `max_area` bounds the pixels of a frame and the picture gives the aspect, unless
+    `exact_size` says height and width. `hears_past`: at a clip's start the voice before it is heard; the reference
+    hears the clip's first moment, held.
     """
 
     max_area: int = 1280 * 720
@@ -141,21 +153,24 @@ class VideoConfig(JsonConfig):
     starts_from_reference: bool = False
     clips: int | None = None
     """At most this many clips; None for all that the sound needs."""
+    exact_size: tuple[int, int] | None = None
+    hears_past: bool = False
 
     def __post_init__(self):
-        for name, value, known in (
-            ("fit", self.fit, PICTURE_FITS),
-            ("timing", self.timing, TIMINGS),
-            ("clip_plan", self.clip_plan, CLIP_PLANS),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
+        check_choice("fit", self.fit, PICTURE_FITS)
+        check_choice("timing", self.timing, TIMINGS)
+        check_choice("clip_plan", self.clip_plan, CLIP_PLANS)
         if not 1 <= self.fps <= 60:
             raise ConfigError(f"fps={self.fps} is outside 1 to 60. The model was trained for 16.")
         if self.clips is not None and self.clips < 1:
             raise ConfigError(f"clips={self.clips}: at least one clip is needed. Leave it out for all of the sound.")
         if self.max_area < 64 * 64:
             raise ConfigError(f"max_area={self.max_area} px is less than 64x64. Use 832*480 or more for real pictures.")
+        if self.exact_size and any(side < 64 or side > 4096 or side % 16 for side in self.exact_size):
+            height, width = self.exact_size
+            raise ConfigError(
+                f"size {width}x{height}: sides must be multiples of 16 from 64 to 4096. Use such as 832x480 or 480x832."
+            )
 
 
 DEFAULT_NEGATIVE_PROMPT = (

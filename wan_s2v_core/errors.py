@@ -15,3 +15,7 @@ class CheckpointError(WanS2VError, ValueError):
 
 class BackendUnavailable(WanS2VError, RuntimeError):
     """An optional package or device that a chosen setting needs and that is not usable here."""
+
+
+class OutOfMemory(WanS2VError, RuntimeError):
+    """A stage needs more memory than its device has."""

@@ -9,19 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from .conditioning.bundle import make_conditioning
 from .conditioning.image import read_picture, to_frames
 from .config import DEFAULT_NEGATIVE_PROMPT, JsonConfig, SamplingConfig, VideoConfig
-from .errors import ConfigError
-from .io.audio import Recording, check_recording, read_recording
-from .io.clip_store import ClipStore
+from .errors import CheckpointError
+from .io.audio import read_recording
+from .io.clip_store import ClipStore, StoredClips
 from .io.video import VideoWriter, check_target, preset_of, read_frames
-from .pipeline import Job, S2VPipeline, usable_device
+from .memory import CheckpointNetworks
+from .model.checkpoint import PART_LABELS
+from .pipeline import S2VPipeline, check_parts, usable_device
+from .prepare import AUTO, choose_precision
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,13 @@ class RenderRequest(JsonConfig):
     audio_start: float = 0.0
     audio_seconds: float | None = None
     device: str = "cpu"
-    precision: str = "float32"
+    precision: str = AUTO
     offload: bool = True
     text_on_cpu: bool = False
     keep_clips: bool = False
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision={self.precision!r} is not known. Use one of: {', '.join(PRECISIONS)}.")
-        usable_device(self.device)
+        choose_precision(self.precision, usable_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -86,38 +86,46 @@ def render(
     began, target = time.monotonic(), Path(request.save_file)
     check_target(target, preset_of(target))
     settings = {"request": request.to_dict(), "video": video.to_dict(), "sampling": sampling.to_dict()}
-    store = ClipStore(clips_folder(target), video.fps, settings)
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    check_recording(recording)
+    store = ClipStore(clips_folder(target), video.fps, recording, settings)
     picture = read_picture(request.image)
     pose = partial(read_frames, request.pose_video, video.fps) if request.pose_video else None
-    if pose:
-        pose(0, 1)  # a bad file is told before anything is loaded
 
-    pipeline = S2VPipeline(
-        request.checkpoint,
-        request.device,
-        PRECISIONS[request.precision],
-        request.offload,
-        "cpu" if request.text_on_cpu else None,
-    )
-    prompts = (request.prompt, request.negative_prompt)
-    job = pipeline.prepare(picture, recording.speech(), recording.seconds, prompts, video, pose)
-    clips = len(job.plan.clip_frames)
+    pipeline = S2VPipeline(networks_of(request))
+    voice = pipeline.encode_voice(recording)
+    text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
+    conditioning = make_conditioning(picture, voice, text, negative_text, video, pose)
+    height, width = conditioning.size_px
+    log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
 
-    def tell(clip: int, step: int) -> None:
+    def tell(clip: int, step: int, _: Tensor) -> None:
         if on_step:
-            on_step(clip + 1, clips, step)
+            on_step(clip + 1, conditioning.clips, step)
 
-    for clip in pipeline.generate(job, sampling, tell):
+    for clip in pipeline.generate(conditioning, sampling, tell):
         store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
-    write_video(target, store, job, recording)
+    write_video(target, store.stored, {"comment": json.dumps(settings, ensure_ascii=False)})
     if not request.keep_clips:
-        store.remove()
-    height, width = job.size_px
-    return RenderReport(
-        str(target), job.plan.frames, video.fps, width, height, clips, recording.seconds, time.monotonic() - began
-    )
+        store.stored.remove()
+    seconds = time.monotonic() - began
+    frames, clips = store.stored.frames, conditioning.clips
+    return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
+
+
+def networks_of(request: RenderRequest) -> CheckpointNetworks:
+    """The networks of a checkpoint folder, found and checked but not loaded.
+
+    Raises:
+        CheckpointError: if a part is missing or does not fit the others.
+    """
+    folder = Path(request.checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
+    paths = dict.fromkeys(PART_LABELS, folder)
+    check_parts(paths)
+    precision = choose_precision(request.precision, usable_device(request.device))
+    text_device = "cpu" if request.text_on_cpu else None
+    return CheckpointNetworks(paths, request.device, precision.dtype, request.offload, text_device, precision.prepare)
 
 
 def clips_folder(target: Path) -> Path:
@@ -125,11 +133,10 @@ def clips_folder(target: Path) -> Path:
     return target.with_name(f"{target.name}.clips")
 
 
-def write_video(target: Path, store: ClipStore, job: Job, recording: Recording) -> None:
-    """Clip after clip into one file with sound; memory holds one clip."""
-    height, width = job.size_px
-    metadata = {"comment": json.dumps(store.settings, ensure_ascii=False)}
-    with VideoWriter(target, width, height, job.video.fps, recording, preset_of(target), metadata) as writer:
-        for frames in store:
+def write_video(target: Path, clips: StoredClips, metadata: dict[str, str]) -> None:
+    """Clip after clip into one file with sound; memory holds one clip. The suffix of `target` says which kind."""
+    size = (clips.width_px, clips.height_px)
+    with VideoWriter(target, *size, clips.fps, clips.recording, preset_of(target), metadata) as writer:
+        for frames in clips:
             writer.write(frames)
-    log.info("%s: %d frames", target, job.plan.frames)
+    log.info("%s: %d frames", target, clips.frames)

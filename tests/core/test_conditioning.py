@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wan_s2v_core.conditioning.audio import voice_per_frame
+from wan_s2v_core.conditioning.bundle import S2VConditioning, make_plan
 from wan_s2v_core.conditioning.image import center_crop, fit_picture, read_picture, to_frames, to_pixels
 from wan_s2v_core.conditioning.pose import pose_pixels
 from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, VideoConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, ClipGeometry, output_size, plan_clips
-from wan_s2v_core.pipeline import make_plan
+from wan_s2v_core.io.audio import Recording
+from wan_s2v_core.memory import CheckpointNetworks
 
 SIZES = [  # picture height and width, area -> height and width, as the reference gives them
     ((704, 1024), 720896, (704, 1024)),
@@ -164,7 +166,7 @@ def test_fewer_clips_make_a_shorter_video():
 
 def test_the_pose_goes_on_from_clip_to_clip():
     """Clip r is driven by the frames of its own time; before time 0 the first is held, past the end it is black."""
-    from wan_s2v_core.pipeline import Job, S2VPipeline
+    from wan_s2v_core.pipeline import S2VPipeline
 
     video = VideoConfig(clip_frames=20, fps=16)
     geometry = ClipGeometry(20, 73)
@@ -177,17 +179,18 @@ def test_the_pose_goes_on_from_clip_to_clip():
             seen.append(pixels)
             return pixels[:, :, ::4]
 
-    job = Job(
+    job = S2VConditioning(
         plan=plan,
         geometry=geometry,
         video=video,
+        recording=Recording(torch.zeros(1, 48000), 16000),
         reference=torch.zeros(1, 3, 1, 16, 16),
         voice=torch.zeros(1),
         text=torch.zeros(1),
         negative_text=torch.zeros(1),
         pose=lambda start, frames: driving[start : start + frames],
     )
-    pipeline = Pixels("nowhere")
+    pipeline = Pixels(CheckpointNetworks({}))
     latents = [pipeline.encode_pose(job, clip) for clip in range(3)]
     assert [tuple(x.shape[2:]) for x in latents] == [
         (5, 16, 16),

@@ -69,7 +69,7 @@ def scale_first(self, audio_frames):
 ORIGINAL_MODULATION = audio.AudioInjector.frame_modulation
 
 
-def no_lead_in(self, features, motion_frames):
+def no_lead_in(self, features, motion_frames, past=None):
     return self(features)
 
 

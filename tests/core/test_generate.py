@@ -10,6 +10,7 @@ from PIL import Image
 
 from wan_s2v_core import render as rendering
 from wan_s2v_core.config import SamplingConfig, VideoConfig
+from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.video import probe_video, read_frames
 
 RATE = 22050
@@ -144,7 +145,7 @@ def test_finished_clips_survive_an_early_end(inputs, tiny_checkpoint):
     folder = inputs / "out.mp4.clips"
     assert probe_video(folder / "clip_0000.mkv").frames == 17
     assert not (inputs / "out.mp4").exists()
-    with pytest.raises(rendering.ConfigError, match="earlier run"):
+    with pytest.raises(ConfigError, match="earlier run"):
         rendering.render(request, video, sampling)
 
 

@@ -72,14 +72,19 @@ class CausalAudioEncoder(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         return F.silu(F.layer_norm(x, x.shape[-1:], eps=AUDIO_EPS))
 
-    def encode_clip(self, features: Tensor, motion_frames: int) -> tuple[Tensor, Tensor | None]:
+    def encode_clip(
+        self, features: Tensor, motion_frames: int, past: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Encode one clip, B A E(audio) T -> tokens and vectors of its latent frames alone.
 
-        The clip is led in by `motion_frames` copies of its first frame, whose outcome is dropped; this also sets
-        the phase of the two halvings, so that a latent frame hears 5 video frames back and 3 ahead.
+        The clip is led in by `motion_frames` frames whose outcome is dropped: the end of `past` where there is one,
+        held copies of the first frame before that. The lead-in also sets the phase of the two halvings, so that a
+        latent frame hears 5 video frames back and 3 ahead.
         """
-        lead_in = features[..., :1].expand(*features.shape[:-1], motion_frames)
-        tokens, vectors = self(torch.cat([lead_in, features], dim=-1))
+        known = features if past is None else torch.cat([past[..., -motion_frames:], features], dim=-1)
+        missing = motion_frames + features.shape[-1] - known.shape[-1]
+        held = known[..., :1].expand(*known.shape[:-1], missing)
+        tokens, vectors = self(torch.cat([held, known], dim=-1))
         dropped = latent_frames_of(motion_frames)
         return tokens[:, dropped:], None if vectors is None else vectors[:, dropped:]
 

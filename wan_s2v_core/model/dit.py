@@ -41,6 +41,8 @@ class ClipInputs:
     """B L E(text), the prompt's embeddings without padding."""
     motion_frames: int
     """Video frames of past that a clip may see: the length of the audio encoder's lead-in."""
+    audio_past: Tensor | None = None
+    """B A E(audio) T, what was said before the clip; None holds the clip's first frame instead, as the reference."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class S2VTransformer(nn.Module):
             embed_motion = self.motion_packer or self.patch_embedding
             side_tokens.append(embed_motion(inputs.motion_latents.to(dtype)) + self.segment_embedding.weight[MOTION])
             motion_latent_frames = PACKED_MOTION_LATENTS if self.motion_packer else inputs.motion_latents.shape[2]
-        audio_tokens, audio_frames = self.audio_encoder.encode_clip(inputs.audio.float(), inputs.motion_frames)
+        past = None if inputs.audio_past is None else inputs.audio_past.float()
+        audio_tokens, audio_frames = self.audio_encoder.encode_clip(inputs.audio.float(), inputs.motion_frames, past)
         _, rows, columns = token_grid(inputs.reference_latents)
         grid = (audio_tokens.shape[1], rows, columns)
         rope = rotary_table(config.head_width, *grid, motion_latent_frames, config.packs_motion)

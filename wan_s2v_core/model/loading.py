@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
     """Give a network on the meta device its weights, one tensor at a time.
 
     Raises:
-        CheckpointError: if a tensor is missing or has another shape.
+        CheckpointError: if a tensor is missing, has another shape, or is refused by the module that stores it.
     """
     report = part.compare(network)
     if report.missing or report.wrong_shape:
@@ -219,34 +219,58 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
     for name in list(network.state_dict()):
         if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
             continue
-        target = torch.float32 if keeps(name) else dtype
-        _place(network, name, read_weight(part.found.entries, part.found.naming(inner)).to(device, target))
+        theirs, target = part.found.naming(inner), torch.float32 if keeps(name) else dtype
+        try:
+            place(network, name, read_weight(part.found.entries, theirs).to(device), target)
+        except CheckpointError as error:
+            raise CheckpointError(f"{part.weights.path}: {theirs}: {error}") from error
     network.requires_grad_(False).eval()
     assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
     log.info("%s: %d tensors as %s on %s", part.weights.path, report.matched, dtype, device)
 
 
-def _place(network: nn.Module, name: str, value: torch.Tensor) -> None:
+def place(network: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Give a network one of its parameters.
+
+    A module that stores a parameter in its own way has a method `take_weight(value)`, or `take_` and whatever the
+    parameter is called. It is given the value as the file has it, since rounding twice costs accuracy.
+    """
     owner, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    module = network.get_submodule(owner)
+    if take := getattr(module, f"take_{leaf}", None):
+        take(value)
+    else:
+        setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
     if name == "network.shared.weight":  # umT5 looks its tokens up through a second name
         network.network.encoder.embed_tokens.weight = network.network.shared.weight
 
 
-def load(path: str | Path, kind: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """Find, build and fill one network. The typed functions below are for callers."""
+def load(
+    path: str | Path,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Find, build and fill one network. The typed functions below are for callers.
+
+    Args:
+        prepare: changes the network before it has weights, such as which modules store them and how.
+    """
     part = find_part(path, kind)
     tokenizer = find_tokenizer(part) if kind == TEXT_ENCODER else None  # missing files are told before long loading
     network = part.build()
+    if prepare:
+        prepare(network)
     fill(network, part, dtype, device)
     if tokenizer:
         network.tokenizer = tokenizer
     return network
 
 
-def load_transformer(path: str | Path, dtype=torch.bfloat16, device="cpu") -> S2VTransformer:
-    """The S2V DiT from an official folder or a single file."""
-    return load(path, DIT, dtype, device)
+def load_transformer(path: str | Path, dtype=torch.bfloat16, device="cpu", prepare=None) -> S2VTransformer:
+    """The S2V DiT from an official folder or a single file. `prepare`: as for `load`."""
+    return load(path, DIT, dtype, device, prepare)
 
 
 def load_vae(path: str | Path, dtype=torch.float32, device="cpu") -> VideoVAE:

@@ -34,16 +34,27 @@ class Clip:
 
     index: int
     latents: Tensor
-    """B C F h w, as sampled."""
+    """B C F h w in float32, as sampled."""
     video: Tensor
     """B 3 T H W in [-1, 1]: the frames that this clip adds to the video."""
     motion_video: Tensor
     """B 3 T H W in [-1, 1]: the motion frames that the next clip starts from."""
 
 
-def clip_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.device | str) -> Tensor:
-    """Float32 noise of one clip from a CPU generator seeded with seed + index: the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed((seed + index) % 2**63)).to(device)
+def clip_noise(
+    shape: tuple[int, ...], seed: int, index: int, device: torch.device | str, source: str = "cpu"
+) -> Tensor:
+    """Noise of one clip, seeded with seed + index.
+
+    Args:
+        source: cpu for float32 from a CPU generator, the same on every device; reference for bfloat16 drawn on
+            `device`, as the reference does.
+    """
+    seed = (seed + index) % 2**63
+    if source == "cpu":
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def generate_clips(
@@ -72,7 +83,7 @@ def generate_clips(
     for index, noise in enumerate(noises):
         is_free = index == 0 and not starts_from_reference
         motion_latents = None if is_free else encode(motion_video)
-        latents = sample(ClipTask(index, noise, reference_latents, motion_latents))
+        latents = sample(ClipTask(index, noise, reference_latents, motion_latents)).float()
         # Behind the picture or the past, no frame is the VAE's first, which it blurs.
         lead_in = reference_latents if is_free else motion_latents
         video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]

@@ -1,0 +1,108 @@
+"""Everything that a video is made from, put together: what flows from the encoders to the sampler."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..config import VideoConfig
+from ..errors import ConfigError
+from ..geometry import FIRST_CLIP_SKIP, ClipGeometry, ClipPlan, output_size, plan_clips
+from ..io.audio import Recording
+from .audio import clip_count, voice_per_frame
+from .image import check_sides, fit_picture
+
+PoseFrames = Callable[[int, int], Tensor]
+"""(first frame, frames) -> T H W 3 uint8 of the driving video on our clock, fewer frames when it has ended."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A recording and what the audio encoder heard in it."""
+
+    recording: Recording
+    features: Tensor
+    """A T E at 30 Hz."""
+
+
+@dataclass(frozen=True)
+class S2VConditioning:
+    """Everything that a video is made from, encoded but for the VAE's part. Tensors lie in main memory."""
+
+    plan: ClipPlan
+    geometry: ClipGeometry
+    video: VideoConfig
+    recording: Recording
+    reference: Tensor
+    """1 3 1 H W in [-1, 1]."""
+    voice: Tensor
+    """1 A E T, one embedding for every frame that the clips make."""
+    text: Tensor
+    """1 L E."""
+    negative_text: Tensor
+    """1 L E."""
+    pose: PoseFrames | None = None
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width."""
+        return tuple(self.reference.shape[-2:])
+
+    @property
+    def clips(self) -> int:
+        return len(self.plan.clip_frames)
+
+    def voice_of(self, clip: int) -> tuple[Tensor, Tensor | None]:
+        """What one clip hears, 1 A E T, and what was said before it where the clip is to hear that too."""
+        first = sum(self.plan.clip_frames[:clip])
+        own = self.voice[..., first : first + self.plan.clip_frames[clip]]
+        hears_past = self.video.hears_past and first > 0
+        return own, self.voice[..., max(0, first - self.geometry.motion_frames) : first] if hears_past else None
+
+
+def make_plan(seconds: float, feature_frames: int, video: VideoConfig, geometry: ClipGeometry) -> ClipPlan:
+    """The clips for a recording of `seconds` whose features have `feature_frames` frames at 30 Hz."""
+    skip = 0 if video.starts_from_reference else FIRST_CLIP_SKIP
+    lead = skip if video.timing == "aligned" else 0
+    if video.clip_plan == "audio":
+        plan = plan_clips(round(video.fps * seconds), geometry, skip, lead)
+    else:
+        whole = clip_count(feature_frames, geometry.clip_frames, video.fps) * geometry.clip_frames
+        plan = ClipPlan((geometry.clip_frames,) * (whole // geometry.clip_frames), whole - skip, skip, lead)
+    lengths = plan.clip_frames[: video.clips]
+    return replace(plan, clip_frames=lengths, frames=min(plan.frames, sum(lengths) - skip))
+
+
+def make_conditioning(
+    picture: Tensor,
+    voice: Voice,
+    text: Tensor,
+    negative_text: Tensor,
+    video: VideoConfig,
+    pose: PoseFrames | None = None,
+) -> S2VConditioning:
+    """Plan the clips and bring everything to the size and clock of the video.
+
+    Args:
+        picture: H W 3, uint8.
+        text, negative_text: 1 L E, the prompt's embeddings.
+    Raises:
+        ConfigError: if the picture or the driving video has an unusable size, or there is nothing to show.
+    """
+    check_sides(*picture.shape[:2], "the picture")
+    geometry = ClipGeometry(video.clip_frames, video.motion_frames)
+    size = video.exact_size or output_size(*picture.shape[:2], video.max_area)
+    plan = make_plan(voice.recording.seconds, voice.features.shape[1], video, geometry)
+    if pose is not None and not len(pose(0, 1)):  # a bad file is told before anything is loaded
+        raise ConfigError("the driving video has no frame. Use one with pictures, or leave it out.")
+    return S2VConditioning(
+        plan=plan,
+        geometry=geometry,
+        video=video,
+        recording=voice.recording,
+        reference=fit_picture(picture, *size, video.fit),
+        voice=voice_per_frame(voice.features, plan.total, video.fps, plan.lead),
+        text=text,
+        negative_text=negative_text,
+        pose=pose,
+    )

@@ -1,0 +1,78 @@
+"""Which network is where: one at a time on the card, and how much room its stage needs besides its weights."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .model.checkpoint import DIT, TEXT_ENCODER
+from .model.loading import load
+
+FORWARD_BYTES_PER_TOKEN = 133_000
+"""Of one forward of the 14B DiT; 4.5 GB at 832x480 and 10.1 GB at 1280x704 on an H200, see dev/LOG.md."""
+VAE_BYTES_PER_PIXEL = 6000
+"""Of the VAE in float32, for one latent frame at a time."""
+
+
+def forward_bytes(tokens: int) -> int:
+    """Peak memory of one forward of the DiT besides its weights."""
+    return FORWARD_BYTES_PER_TOKEN * tokens
+
+
+def vae_bytes(height_px: int, width_px: int) -> int:
+    """Peak memory of encoding or decoding besides the VAE's weights and the video itself."""
+    return VAE_BYTES_PER_PIXEL * height_px * width_px
+
+
+class Networks(Protocol):
+    """Where the networks come from."""
+
+    device: torch.device
+    """Where stages compute, and where their tensors are."""
+
+    def use(self, kind: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
+        """A network on its device, for one stage that needs `working_bytes` besides the weights."""
+
+
+class CheckpointNetworks:
+    """Networks from files, each loaded when it is first needed.
+
+    Args:
+        paths: kind -> file or folder.
+        device, dtype: where and in which precision the DiT and the text encoder run; VAE and wav2vec stay float32.
+        offload: bring each network to the device for its stage only; it waits in main memory otherwise.
+        text_device: elsewhere for the text encoder, such as "cpu".
+        prepare: changes the DiT before its weights are read.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        offload: bool = True,
+        text_device: str | None = None,
+        prepare: Callable[[nn.Module], None] | None = None,
+    ):
+        self.paths, self.device, self.dtype = paths, torch.device(device), dtype
+        self.offload, self.prepare = offload, prepare
+        self.devices = {TEXT_ENCODER: torch.device(text_device or device)}
+        self.loaded: dict[str, nn.Module] = {}
+
+    @contextmanager
+    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        home = torch.device("cpu") if self.offload else self.devices.get(kind, self.device)
+        if kind not in self.loaded:
+            dtype = self.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
+            self.loaded[kind] = load(self.paths[kind], kind, dtype, home, self.prepare if kind == DIT else None)
+        try:
+            yield self.loaded[kind].to(self.devices.get(kind, self.device))
+        finally:
+            if self.offload and self.device.type != "cpu":
+                self.loaded[kind].to(home)
+                gc.collect()
+                torch.cuda.empty_cache()
