@@ -26,6 +26,14 @@ class JsonConfig:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+@dataclass(frozen=True)
+class ModelRecipe(JsonConfig):
+    """Where a network comes from: which part of the model, and the file or folder that holds it."""
+
+    kind: str
+    path: str
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raises ConfigError if a setting is none of the words it may be."""
     if value not in known:

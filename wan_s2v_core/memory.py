@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .model.checkpoint import DIT, TEXT_ENCODER
+from .model.checkpoint import TEXT_ENCODER
 from .model.loading import load
 
 FORWARD_BYTES_PER_TOKEN = 133_000
@@ -38,41 +38,45 @@ class Networks(Protocol):
         """A network on its device, for one stage that needs `working_bytes` besides the weights."""
 
 
+class Loading(Protocol):
+    """How networks are loaded; see `prepare.LoadPlan`."""
+
+    device: torch.device
+
+    def dtype(self, kind: str) -> torch.dtype: ...
+
+    def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
+
+
 class CheckpointNetworks:
     """Networks from files, each loaded when it is first needed.
 
     Args:
         paths: kind -> file or folder.
-        device, dtype: where and in which precision the DiT and the text encoder run; VAE and wav2vec stay float32.
+        loading: types, device and preparation.
         offload: bring each network to the device for its stage only; it waits in main memory otherwise.
         text_device: elsewhere for the text encoder, such as "cpu".
-        prepare: changes the DiT before its weights are read.
     """
 
     def __init__(
-        self,
-        paths: Mapping[str, Path],
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        offload: bool = True,
-        text_device: str | None = None,
-        prepare: Callable[[nn.Module], None] | None = None,
+        self, paths: Mapping[str, Path], loading: Loading, offload: bool = True, text_device: str | None = None
     ):
-        self.paths, self.device, self.dtype = paths, torch.device(device), dtype
-        self.offload, self.prepare = offload, prepare
-        self.devices = {TEXT_ENCODER: torch.device(text_device or device)}
+        self.paths, self.loading, self.offload = paths, loading, offload
+        self.device = loading.device
+        self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.loaded: dict[str, nn.Module] = {}
 
     @contextmanager
     def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        home = torch.device("cpu") if self.offload else self.devices.get(kind, self.device)
+        device = self.devices.get(kind, self.device)
+        home = torch.device("cpu") if self.offload else device
         if kind not in self.loaded:
-            dtype = self.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
-            self.loaded[kind] = load(self.paths[kind], kind, dtype, home, self.prepare if kind == DIT else None)
+            loading = self.loading
+            self.loaded[kind] = load(self.paths[kind], kind, loading.dtype(kind), home, loading.prepare(kind))
         try:
-            yield self.loaded[kind].to(self.devices.get(kind, self.device))
+            yield self.loaded[kind].to(device)
         finally:
-            if self.offload and self.device.type != "cpu":
+            if self.offload and device.type != "cpu":
                 self.loaded[kind].to(home)
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from .io.video import VideoWriter, check_target, preset_of, read_frames
 from .memory import CheckpointNetworks
 from .model.checkpoint import PART_LABELS
 from .pipeline import S2VPipeline, check_parts, usable_device
-from .prepare import AUTO, choose_precision
+from .prepare import AUTO, plan_loading
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class RenderRequest(JsonConfig):
     keep_clips: bool = False
 
     def __post_init__(self):
-        choose_precision(self.precision, usable_device(self.device))
+        plan_loading(self.precision, usable_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,8 @@ def networks_of(request: RenderRequest) -> CheckpointNetworks:
         raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
     paths = dict.fromkeys(PART_LABELS, folder)
     check_parts(paths)
-    precision = choose_precision(request.precision, usable_device(request.device))
-    text_device = "cpu" if request.text_on_cpu else None
-    return CheckpointNetworks(paths, request.device, precision.dtype, request.offload, text_device, precision.prepare)
+    loading = plan_loading(request.precision, usable_device(request.device))
+    return CheckpointNetworks(paths, loading, request.offload, "cpu" if request.text_on_cpu else None)
 
 
 def clips_folder(target: Path) -> Path:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("wan_s2v_core", "demo", "benchmarks", "dev")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 CALLS_NEVER = {"eval", "exec", "compile", "__import__"}
-PROCESS_STARTERS = ("dev", "benchmarks")
+PROCESS_STARTERS = ("dev", "benchmarks", "demo")
 """Folders that are no part of the published pack and may start processes."""
 
 

@@ -10,6 +10,8 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from ..model.loading import place
+
 RESIDUAL_OUTPUTS = ("attention.out.weight", "feed_forward.down.weight")
 NEAR_ONE = ("layer_weights", "original0", "gamma")
 """Parameters that scale others, whatever their shape."""
@@ -42,7 +44,5 @@ def fill_random(
     depth = 3 * len(network.stack.blocks) if hasattr(network, "stack") else 1
     for name, old in list(network.named_parameters()):
         value = random_tensor(name, tuple(old.shape), seed, depth, device)
-        owner, _, leaf = name.rpartition(".")
-        value = value.to(torch.float32 if keeps(name) else dtype)
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        place(network, name, value, torch.float32 if keeps(name) else dtype)
     network.eval()

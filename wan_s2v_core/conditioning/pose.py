@@ -1,5 +1,7 @@
 """The driving video: pose frames of one clip, ready for the VAE."""
 
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,3 +28,13 @@ def pose_pixels(frames: Tensor, clip_frames: int, height_px: int, width_px: int)
     cropped = torch.stack([center_crop(frame.movedim(0, -1), height_px, width_px).movedim(-1, 0) for frame in scaled])
     video = F.pad(cropped, (0, 0, 0, 0, 0, 0, 0, missing), value=-1.0).movedim(1, 0)[None]
     return torch.cat([video[:, :, :1], video], dim=2)
+
+
+def frames_at(pictures: Tensor, source_fps: float, fps: float, start_frame: int, frames: int) -> Tensor:
+    """Frames of a driving video in memory on our clock: the nearest picture to k / fps, fewer where it has ended.
+
+    Args:
+        pictures: T H W 3 at `source_fps`.
+    """
+    wanted = [round(Fraction(source_fps) * k / Fraction(fps)) for k in range(start_frame, start_frame + frames)]
+    return pictures[[index for index in wanted if index < len(pictures)]]

@@ -1,0 +1,32 @@
+"""The nodes, in the order in which they stand in the menu. The only code that knows ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import DecodeClips, SaveVideo
+from .encode import Conditioning, EncodeAudio, EncodeText
+from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
+from .sample import Sample
+
+NODES = [
+    LoadCheckpoint,
+    LoadModel,
+    LoadTextEncoder,
+    LoadAudioEncoder,
+    LoadVAE,
+    DemoInputs,
+    EncodeAudio,
+    EncodeText,
+    Conditioning,
+    Sample,
+    DecodeClips,
+    SaveVideo,
+]
+
+
+class WanS2VExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    return WanS2VExtension()

@@ -1,0 +1,207 @@
+"""What ComfyUI offers, for the nodes: folders, progress, interrupt, its memory manager, and the loaded networks."""
+
+import logging
+import secrets
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_management as manager
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import torch
+from latent_preview import Latent2RGBPreviewer
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..wan_s2v_core.assets import CHECKPOINT, embedded
+from ..wan_s2v_core.config import ModelRecipe
+from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.io.clip_store import StoredClips
+from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from ..wan_s2v_core.model.loading import load
+from ..wan_s2v_core.prepare import AUTO, plan_loading
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "embedded demo (tiny, random weights)"
+OFFICIAL = " (folder)"
+"""Ends the name of a folder in the official layout, so that it cannot be taken for a file."""
+MODEL_FOLDERS = {
+    DIT: "diffusion_models",
+    TEXT_ENCODER: "text_encoders",
+    SPEECH_ENCODER: "audio_encoders",
+    VAE: "vae",
+}
+CLIPS_FOLDER = "wan_s2v_clips"
+
+
+def official_folders() -> dict[str, Path]:
+    """Subfolders of diffusion_models that hold a config.json, by their name in the menus."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths(MODEL_FOLDERS[DIT])]
+    found = {path.parent for root in roots if root.is_dir() for path in root.glob("*/config.json")}
+    return {folder.name + OFFICIAL: folder for folder in sorted(found)}
+
+
+def model_choices(kind: str) -> list[str]:
+    """What a loader offers: official folders, files that are named after S2V, the embedded demo, other files."""
+    folders = official_folders()
+    inside = tuple(name.removesuffix(OFFICIAL) + "/" for name in folders)
+    names = [name.replace("\\", "/") for name in folder_paths.get_filename_list(MODEL_FOLDERS[kind])]
+    files = [name for name in names if not name.startswith(inside)]
+    likely = [name for name in files if "s2v" in name.lower()] if kind == DIT else []
+    return [*folders, *likely, EMBEDDED, *(name for name in files if name not in likely)]
+
+
+def checkpoint_choices() -> list[str]:
+    """Whole checkpoints."""
+    return [*official_folders(), EMBEDDED]
+
+
+def find_model(kind: str, name: str) -> ModelRecipe:
+    """The network behind a name in a menu.
+
+    Raises:
+        ConfigError: if it is none of them.
+    """
+    if name == EMBEDDED:
+        return ModelRecipe(kind, str(embedded(CHECKPOINT)))
+    if folder := official_folders().get(name):
+        return ModelRecipe(kind, str(folder))
+    path = folder_paths.get_full_path(MODEL_FOLDERS[kind], name) if name in model_choices(kind) else None
+    if path is None:
+        searched = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDERS[kind]))
+        raise ConfigError(
+            f"{name!r} is not among the models in {MODEL_FOLDERS[kind]}. Put the file there, press R in ComfyUI and "
+            f"choose it again. Searched: {searched}"
+        )
+    return ModelRecipe(kind, path)
+
+
+def stamp_of(kind: str, name: str) -> tuple:
+    """Changes when the files behind a name do, so that replaced ones are loaded again."""
+    path = Path(find_model(kind, name).path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return (str(path), *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+class Placed(nn.Module):
+    """Gives a network the attributes that ComfyUI's ModelPatcher sets on what it manages."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.device = network, torch.device("cpu")
+
+
+LOADED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""ModelRecipe -> (LoadPlan, ModelPatcher). A network lives as long as ComfyUI keeps the recipe that made it."""
+
+
+class ComfyNetworks:
+    """Networks of recipes, each placed on the card by ComfyUI's memory manager when its stage begins.
+
+    Args:
+        precision: of the DiT and the text encoder; VAE and audio encoder stay float32.
+        offload: take each network off the card when its stage is over; otherwise it stays until ComfyUI needs room.
+        on_cpu: leave all of them in main memory.
+    """
+
+    def __init__(self, *recipes: ModelRecipe, precision: str = AUTO, offload: bool = True, on_cpu: bool = False):
+        self.recipes = {recipe.kind: recipe for recipe in recipes}
+        self.device = torch.device("cpu") if on_cpu else manager.get_torch_device()
+        self.loading, self.offload = (
+            replace(plan_loading(precision, manager.get_torch_device()), device=self.device),
+            offload,
+        )
+
+    @contextmanager
+    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        patcher = self._patcher(kind)
+        manager.load_models_gpu([patcher], memory_required=working_bytes, force_full_load=True)
+        try:
+            yield patcher.model.network
+        except torch.OutOfMemoryError:
+            manager.unload_all_models()
+            raise
+        finally:
+            if self.offload and self.device.type != "cpu":
+                patcher.detach()
+                manager.soft_empty_cache()
+
+    def _patcher(self, kind: str) -> comfy.model_patcher.ModelPatcher:
+        """The network under ComfyUI's management, loaded unless it is there in the same precision."""
+        recipe, cpu = self.recipes[kind], torch.device("cpu")
+        kept = LOADED.get(recipe)
+        if kept is None or kept[0] != self.loading:
+            LOADED.pop(recipe, None)  # two precisions of one network would take twice the memory
+            network = load(recipe.path, kind, self.loading.dtype(kind), cpu, self.loading.prepare(kind))
+            LOADED[recipe] = self.loading, comfy.model_patcher.ModelPatcher(Placed(network), self.device, cpu)
+        return LOADED[recipe][1]
+
+
+check_interrupt = manager.throw_exception_if_processing_interrupted
+"""Raises ComfyUI's own exception when the user has pressed cancel."""
+
+
+def say(node_id: str, text: str) -> None:
+    """Show a line of text in a node."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+def step_reporter(node_id: str, clips: int, steps: int) -> Callable[[int, int, Tensor], None]:
+    """Progress over all clips and steps with a preview picture; raises when the user has pressed cancel."""
+    bar, total, began = comfy.utils.ProgressBar(clips * steps), clips * steps, time.monotonic()
+    latent_format = comfy.latent_formats.Wan21()
+    previewer = Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+
+    def report(clip: int, step: int, clean: Tensor) -> None:
+        done = clip * steps + step
+        left = (time.monotonic() - began) * (total - done) / done
+        say(node_id, f"clip {clip + 1} of {clips}, step {step} of {steps}, {left:.0f} s left")
+        middle = clean.shape[2] // 2
+        preview = previewer.decode_latent_to_preview_image("JPEG", clean[:, :, middle : middle + 1].float())
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+def new_clips_folder() -> Path:
+    """Where the clips of one run are kept."""
+    name = f"{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}"
+    return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER / name
+
+
+def let_go(clips: StoredClips) -> None:
+    """The clips have become a video: their folder may go when ComfyUI no longer keeps them, unless it is to stay."""
+    if not clips.settings["keep_clips"]:
+        weakref.finalize(clips, shutil.rmtree, clips.folder, ignore_errors=True)
+
+
+def output_path(prefix: str, suffix: str, width_px: int, height_px: int) -> tuple[Path, str]:
+    """A new file in ComfyUI's output folder, and its subfolder.
+
+    Raises:
+        ConfigError: if the prefix leads out of that folder, or to a place that cannot be written to.
+    """
+    root = Path(folder_paths.get_output_directory()).resolve()
+    if not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
+        raise ConfigError(
+            f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
+        )
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width_px, height_px)
+    except OSError as error:
+        raise ConfigError(
+            f"filename_prefix={prefix!r}: its folder cannot be used ({error.strerror}). Use another name, or make room."
+        ) from error
+    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def free_ram_bytes() -> int:
+    return manager.get_free_memory(torch.device("cpu"))

@@ -1,0 +1,152 @@
+"""All clips of a video, each carrying its motion into the next."""
+
+import logging
+
+from comfy_api.latest import io
+
+from ..wan_s2v_core.conditioning.image import to_frames
+from ..wan_s2v_core.config import NOISES, SIGMA_SPACINGS, SOLVERS, SamplingConfig
+from ..wan_s2v_core.io.clip_store import ClipStore
+from ..wan_s2v_core.model.checkpoint import DIT
+from ..wan_s2v_core.model.loading import find_part
+from ..wan_s2v_core.pipeline import S2VPipeline, check_fit
+from ..wan_s2v_core.prepare import AUTO, PRECISIONS
+from . import bridge
+from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
+
+log = logging.getLogger(__name__)
+
+NO_EXPERTS = "this checkpoint is one dense DiT without experts: moe_top_k, moe_expert_capacity and moe_gate_dropout do \
+nothing"
+
+
+class Sample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanS2VSample",
+            display_name="Wan S2V Sample",
+            category="WanS2V/sampling",
+            description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
+            f"output/{bridge.CLIPS_FOLDER}, and stay there when a run is cancelled.",
+            inputs=[
+                S2VModel.Input("model"),
+                S2VVae.Input("vae", tooltip="Each clip is decoded, and its end encoded again for the next."),
+                S2VConditioningSocket.Input("conditioning"),
+                io.Int.Input("steps", default=40, min=1, max=1000, tooltip="Per clip. 40 is the reference's."),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=4.5,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance. 1.0 turns it off and halves the cost.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=3.0,
+                    min=0.1,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="3 at 480p, 5 at 720p.",
+                ),
+                io.Combo.Input("solver", options=list(SOLVERS), default="unipc", tooltip="unipc is the reference's."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Clip r uses seed + r. The same seed gives the same noise on every device.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[AUTO, *PRECISIONS],
+                    default=AUTO,
+                    tooltip="auto: bfloat16 on a card, float32 on a CPU. float8-weights: half the memory of bfloat16, "
+                    "products still in bfloat16.",
+                ),
+                io.Boolean.Input(
+                    "offload",
+                    default=True,
+                    tooltip="Each network leaves the card after its stage. Off: it stays until ComfyUI needs room.",
+                ),
+                io.Float.Input(
+                    "audio_guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="Guidance of the voice apart from the prompt's, for a third forward a step. 0: the same.",
+                ),
+                io.Combo.Input(
+                    "sigmas", options=list(SIGMA_SPACINGS), default="flow", tooltip="Spacing of the noise levels."
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISES),
+                    default="cpu",
+                    tooltip="cpu: the same on every device. reference: bfloat16, drawn on the card as originally.",
+                ),
+                io.Boolean.Input(
+                    "keep_clips",
+                    default=False,
+                    tooltip="Keep the lossless clips, latents and settings on disk after they have become a video.",
+                ),
+                io.Int.Input(
+                    "moe_top_k", default=0, min=0, max=64, tooltip="Experts per token. 0: as the checkpoint says."
+                ),
+                io.Int.Input(
+                    "moe_expert_capacity",
+                    default=0,
+                    min=0,
+                    max=10_000_000,
+                    tooltip="Tokens that an expert takes at once. 0: no bound. S2V-14B is dense and has no experts.",
+                ),
+                io.Float.Input(
+                    "moe_gate_dropout",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability of masking an expert choice. Lowers fidelity. S2V-14B has no experts.",
+                ),
+            ],
+            outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
+        audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
+    ) -> io.NodeOutput:  # fmt: skip
+        sampling = SamplingConfig(
+            steps=steps,
+            shift=shift,
+            solver=solver,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            audio_guidance_scale=audio_guidance_scale or None,
+            seed=seed,
+            noise=noise,
+        )
+        voice, text = conditioning.voice, conditioning.text
+        check_fit(find_part(model.path, DIT).config, text.shape[-1], voice.shape[2], voice.shape[1])
+        if moe_top_k or moe_expert_capacity or moe_gate_dropout:
+            log.warning(NO_EXPERTS)
+            bridge.say(cls.hidden.unique_id, NO_EXPERTS)
+        pipeline = S2VPipeline(
+            bridge.ComfyNetworks(model, vae, precision=precision, offload=offload), bridge.check_interrupt
+        )
+        settings = {
+            "model": model.to_dict(),
+            "video": conditioning.video.to_dict(),
+            "sampling": sampling.to_dict(),
+            "keep_clips": keep_clips,
+        }
+        store = ClipStore(bridge.new_clips_folder(), conditioning.video.fps, conditioning.recording, settings)
+        report = bridge.step_reporter(cls.hidden.unique_id, conditioning.clips, steps)
+        for clip in pipeline.generate(conditioning, sampling, report):
+            store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
+        return io.NodeOutput(store.stored, {"samples": clip.latents.cpu()})

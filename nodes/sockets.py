@@ -1,0 +1,90 @@
+"""Socket types of our own, and ComfyUI's values as ours and back."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..wan_s2v_core.conditioning.pose import frames_at
+from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.io.audio import Recording
+from ..wan_s2v_core.io.video import read_frames
+
+S2VModel = io.Custom("WAN_S2V_MODEL")
+S2VTextEncoder = io.Custom("WAN_S2V_TEXT_ENCODER")
+S2VAudioEncoder = io.Custom("WAN_S2V_AUDIO_ENCODER")
+S2VVae = io.Custom("WAN_S2V_VAE")
+S2VVoice = io.Custom("WAN_S2V_VOICE")
+S2VConditioningSocket = io.Custom("WAN_S2V_CONDITIONING")
+S2VClips = io.Custom("WAN_S2V_CLIPS")
+
+
+def recording_of(audio: dict[str, Any] | None) -> Recording:
+    """AUDIO -> the first recording of its batch.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    waveform = audio.get("waveform") if isinstance(audio, dict) else None
+    if not isinstance(waveform, Tensor) or waveform.ndim != 3 or not len(waveform):
+        raise ConfigError(
+            "the audio input holds no sound (batch, channels, samples). Connect Load Audio, or a video that has sound."
+        )
+    return Recording(waveform[0].float().cpu(), int(audio["sample_rate"]))
+
+
+def audio_of(recording: Recording, seconds: float) -> dict[str, Any]:
+    """A recording as AUDIO, cut or filled with silence to `seconds`."""
+    length = round(seconds * recording.rate_hz)
+    samples = recording.samples[:, :length]
+    filled = torch.nn.functional.pad(samples, (0, length - samples.shape[1]))
+    return {"waveform": filled[None], "sample_rate": recording.rate_hz}
+
+
+def picture_of(image: Tensor) -> Tensor:
+    """The first picture of an IMAGE, B H W C in 0..1 -> H W 3 uint8; transparency on black, grey as RGB.
+
+    Raises:
+        ConfigError: if it has no picture, another number of channels, or values that are not finite.
+    """
+    return pictures_of(image[:1])[0]
+
+
+def pictures_of(image: Tensor) -> Tensor:
+    """IMAGE, B H W C in 0..1 -> B H W 3 uint8."""
+    if image.ndim != 4 or not image.numel() or image.shape[-1] not in (1, 3, 4):
+        raise ConfigError(
+            f"an image of shape {tuple(image.shape)} is no picture. Batch, height, width and 1, 3 or 4 channels are "
+            "expected: connect Load Image."
+        )
+    if not torch.isfinite(image).all():
+        raise ConfigError("the image holds values that are not finite. Values from 0 to 1 are expected; make it anew.")
+    if image.shape[-1] == 4:
+        image = image[..., :3] * image[..., 3:]
+    return (image.expand(*image.shape[:3], 3).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def text_of(conditioning: list, name: str) -> Tensor:
+    """CONDITIONING -> embeddings 1 L E without padding.
+
+    Raises:
+        ConfigError: if it holds no text embeddings.
+    """
+    embeddings = conditioning[0][0] if conditioning else None
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 3:
+        raise ConfigError(f"{name} holds no text embeddings. Connect Wan S2V Encode Text, or umT5's CLIP Text Encode.")
+    used = embeddings[:1].abs().amax(dim=(0, 2)).nonzero()  # ComfyUI pads with zeros
+    return embeddings[:1, : int(used[-1]) + 1 if len(used) else 1].float().cpu()
+
+
+def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:
+    """VIDEO -> its frames on our clock, read from the file as they are needed where there is one."""
+    source = video.get_stream_source()
+    if isinstance(source, str):
+        return lambda start, frames: read_frames(source, fps, start, frames)
+    parts = video.get_components()
+    pictures, rate = pictures_of(parts.images), Fraction(parts.frame_rate)
+    return lambda start, frames: frames_at(pictures, rate, fps, start, frames)

@@ -1,0 +1,28 @@
+"""Video convolutions as picture convolutions, for CPUs.
+
+PyTorch hands a 3D convolution of one small video to its slowest CPU kernel; a 2D convolution of the same size goes to
+oneDNN. Stacking the frames that a kernel sees as channels turns the one into the other, exactly up to rounding.
+"""
+
+from types import MethodType
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def flat_convolution(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `layer` computes without padding of its own. B C T H W -> B O T' H' W'."""
+    steps, stride = layer.kernel_size[0], layer.stride[0]
+    windows = x.unfold(2, steps, stride)  # B C T' H W kt
+    pictures = windows.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)  # B*T' C*kt H W
+    padding = layer.padding[1:]
+    flat = F.conv2d(pictures, weight.flatten(1, 2), bias, layer.stride[1:], padding)
+    return flat.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def flatten_convolutions(network: nn.Module) -> None:
+    """Let every 3D convolution of a network that neither dilates, groups nor pads in time run as a 2D one."""
+    for layer in network.modules():
+        plain = isinstance(layer, nn.Conv3d) and layer.dilation == (1, 1, 1) and layer.groups == 1
+        if plain and not layer.padding[0]:
+            layer._conv_forward = MethodType(flat_convolution, layer)
