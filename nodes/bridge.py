@@ -114,11 +114,10 @@ class ComfyNetworks:
 
     def __init__(self, *recipes: ModelRecipe, precision: str = AUTO, offload: bool = True, on_cpu: bool = False):
         self.recipes = {recipe.kind: recipe for recipe in recipes}
-        self.device = torch.device("cpu") if on_cpu else manager.get_torch_device()
-        self.loading, self.offload = (
-            replace(plan_loading(precision, manager.get_torch_device()), device=self.device),
-            offload,
-        )
+        card = manager.get_torch_device()
+        self.device = torch.device("cpu") if on_cpu else card
+        self.loading = replace(plan_loading(precision, card), device=self.device)
+        self.offload = offload
 
     @contextmanager
     def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:

@@ -112,8 +112,8 @@ class Conditioning(io.ComfyNode):
             node_id="WanS2VConditioning",
             display_name="Wan S2V Conditioning",
             category=CATEGORY,
-            description="Brings voice, prompt, picture and driving video to one size and clock, and plans as many clips "
-            "as the sound needs.",
+            description="Brings voice, prompt, picture and driving video to one size and clock, and plans as many "
+            "clips as the sound needs.",
             inputs=[
                 S2VVoice.Input("voice"),
                 io.Conditioning.Input("positive"),
@@ -137,8 +137,8 @@ class Conditioning(io.ComfyNode):
                     "fit",
                     options=list(PICTURE_FITS),
                     default="crop",
-                    tooltip="crop fills the frame; pad shows the whole picture between black bars; reference is as in the "
-                    "original code.",
+                    tooltip="crop fills the frame; pad shows the whole picture between black bars; reference is as in "
+                    "the original code.",
                 ),
                 io.Boolean.Input(
                     "start_from_picture",
