@@ -11,7 +11,7 @@ from torch import Tensor
 from ..wan_s2v_core.conditioning.pose import frames_at
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.audio import Recording
-from ..wan_s2v_core.io.video import read_frames
+from ..wan_s2v_core.io.video import DrivingVideo
 
 S2VModel = io.Custom("WAN_S2V_MODEL")
 S2VTextEncoder = io.Custom("WAN_S2V_TEXT_ENCODER")
@@ -84,7 +84,7 @@ def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:
     """VIDEO -> its frames on our clock, read from the file as they are needed where there is one."""
     source = video.get_stream_source()
     if isinstance(source, str):
-        return lambda start, frames: read_frames(source, fps, start, frames)
+        return DrivingVideo(source, fps)
     parts = video.get_components()
     pictures, rate = pictures_of(parts.images), Fraction(parts.frame_rate)
     return lambda start, frames: frames_at(pictures, rate, fps, start, frames)

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .config import DEFAULT_NEGATIVE_PROMPT, JsonConfig, SamplingConfig, VideoCo
 from .errors import CheckpointError
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, StoredClips
-from .io.video import VideoWriter, check_target, preset_of, read_frames
+from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .memory import CheckpointNetworks
 from .model.checkpoint import PART_LABELS
 from .pipeline import S2VPipeline, check_parts, usable_device
@@ -89,7 +88,7 @@ def render(
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
     store = ClipStore(clips_folder(target), video.fps, recording, settings)
     picture = read_picture(request.image)
-    pose = partial(read_frames, request.pose_video, video.fps) if request.pose_video else None
+    pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
     pipeline = S2VPipeline(networks_of(request))
     voice = pipeline.encode_voice(recording)

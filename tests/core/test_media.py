@@ -20,8 +20,17 @@ from torch import Tensor
 
 from wan_s2v_core.errors import BackendUnavailable, ConfigError
 from wan_s2v_core.io import video
+from wan_s2v_core.io import video as video_io
 from wan_s2v_core.io.audio import Recording, check_recording, read_recording, resample, sound_frame
-from wan_s2v_core.io.video import VideoWriter, exact_fps, probe_video, read_frames, video_preset, video_presets
+from wan_s2v_core.io.video import (
+    DrivingVideo,
+    VideoWriter,
+    exact_fps,
+    probe_video,
+    read_frames,
+    video_preset,
+    video_presets,
+)
 
 PRESETS = list(video_presets())
 LOSSLESS, DEFAULT = "lossless-mkv", "h264-mp4"
@@ -578,6 +587,21 @@ def test_only_what_is_asked_comes(tmp_path):
     assert read_frames(path, 16, 5, 3)[:, 0, 0, 0].tolist() == [5, 6, 7]
     assert read_frames(path, 16, 38, 9)[:, 0, 0, 0].tolist() == [38, 39]
     assert read_frames(path, 16, 40, 9).shape == (0, 32, 48, 3)
+
+
+def test_a_driving_video_is_decoded_once(tmp_path, monkeypatch):
+    """Stretches in order, out of order and behind the end equal those read one by one."""
+    path = write_video(tmp_path / "in.mkv", grey_frames(list(range(40))), 25, preset=LOSSLESS)
+    opened = []
+    real = video_io.open_media
+    monkeypatch.setattr(video_io, "open_media", lambda path: opened.append(path) or real(path))
+    driving = DrivingVideo(path, 16)
+    for count, (start, frames) in enumerate([(0, 7), (7, 9), (16, 20), (36, 5), (90, 2)]):
+        got = driving(start, frames)
+        assert len(opened) == 1, f"opened again for stretch {count}"
+        assert got[:, :1, :1].flatten().tolist() == read_frames(path, 16, start, frames)[:, :1, :1].flatten().tolist()
+        del opened[1:]
+    assert driving(3, 2)[:, 0, 0, 0].tolist() == read_frames(path, 16, 3, 2)[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("case", ["missing", "folder", "text", "empty", "sound"])

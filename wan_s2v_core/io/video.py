@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -352,19 +353,39 @@ def read_frames(path: str | Path, fps: float | Fraction, start_frame: int, frame
             f"start_frame={start_frame} and frames={frames} name no stretch. "
             "Start at 0 or later and ask for at least 1 frame."
         )
-    kept: list[Tensor] = []
-    index, stop = start_frame, start_frame + frames
+    kept = list(islice(_pictures_on_clock(path, rate, start_frame), frames))
+    return torch.stack(kept) if kept else next(_pictures_on_clock(path, rate, 0))[None][:0]
+
+
+class DrivingVideo:
+    """`read_frames` of one file for stretches in order: each goes on decoding where the last one ended."""
+
+    def __init__(self, path: str | Path, fps: float | Fraction):
+        self.path, self.rate = Path(path), exact_fps(fps)
+        self._pictures: Iterator[Tensor] = iter(())
+        self._position: int | None = None
+        self._end = math.inf
+
+    def __call__(self, start_frame: int, frames: int) -> Tensor:
+        """T H W 3 uint8, T <= `frames`; of no size once the video has ended."""
+        if start_frame != self._position and start_frame < self._end:
+            self._pictures, self._position = _pictures_on_clock(self.path, self.rate, start_frame), start_frame
+        kept = list(islice(self._pictures, frames)) if start_frame < self._end else []
+        if len(kept) < frames:
+            self._end = min(self._end, start_frame + len(kept))
+        self._position = start_frame + len(kept)
+        return torch.stack(kept) if kept else torch.zeros(0, 0, 0, 3, dtype=torch.uint8)
+
+
+def _pictures_on_clock(path: Path, rate: Fraction, start_frame: int) -> Iterator[Tensor]:
+    """H W 3 uint8 for frame after frame of our clock, as long as the video lasts."""
+    index = start_frame
     with open_media(path) as container:
         for frame, until in _shown_frames(container, path):
-            count = 0
-            while index < stop and index / rate < until:
-                index, count = index + 1, count + 1
-            if count:
-                kept += [_rgb_picture(frame)] * count
-            if index == stop:
-                break
-        size = _rgb_picture(frame).shape
-    return torch.stack(kept) if kept else torch.zeros(0, *size, dtype=torch.uint8)
+            picture = _rgb_picture(frame) if index / rate < until else None
+            while index / rate < until:
+                yield picture
+                index += 1
 
 
 def _shown_frames(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
