@@ -1,54 +1,76 @@
 #!/usr/bin/env python3
 """Set up what the project needs in .venv, once, and run something there.
 
-    python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests
+    python3 dev/run.py comfy [--audio talk.wav] [--image face.png]   a demo video through a real ComfyUI, by itself
+    python3 dev/run.py serve [--port 8188]          ComfyUI with these nodes, to try in a browser
+    python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests, those of the nodes in a real ComfyUI
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
-it, which is several GB with CUDA on machines that have no CPU build of it.
+it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy, serve
+and test; the other commands do without.
 """
 
-import hashlib
+import os
+import signal
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = ROOT / ".venv"
-PYTHON = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-INPUTS = ("requirements.txt", "constraints.txt")
-TOOLS = ("hypothesis", "pytest", "ruff")
+import comfy_demo
+from environment import COMFYUI, PYTHON, ROOT, set_up_comfyui, set_up_core
+
+SUITES: dict[str, dict[str, str]] = {
+    "tests/core": {},
+    "tests/pack": {"COMFYUI_PATH": str(COMFYUI), "REQUIRE_COMFYUI": "1"},
+}
+NO_TESTS_CHOSEN = 5
+"""pytest's exit code when its arguments choose nothing in a folder."""
 
 
-def set_up() -> None:
-    """Make the environment, unless it is there and was made from the same requirements."""
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in INPUTS)).hexdigest()
-    stamp = ENVIRONMENT / "made-from"
-    if PYTHON.is_file() and stamp.is_file() and stamp.read_text() == wanted:
-        return
-    print(f"setting up {ENVIRONMENT} (once)", file=sys.stderr)
-    venv.create(ENVIRONMENT, clear=True, with_pip=True)
-    install = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*install, "torch"], check=True)
-    subprocess.run([*install, "-r", ROOT / "requirements.txt", *TOOLS], check=True)
-    stamp.write_text(wanted)
+def run(*command: str | Path, folder: Path = ROOT, **variables: str) -> int:
+    """Run to its exit code. Ctrl-C reaches it from the terminal, SIGTERM is passed on, so that it can clean up."""
+    with subprocess.Popen(command, cwd=folder, env={**os.environ, **variables}) as process:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()
+
+
+def test(arguments: list[str]) -> int:
+    """Style, then the suites; arguments that name a file or folder of one suite leave out the other."""
+    for style in (["check"], ["format", "--check"]):
+        if code := run(PYTHON, "-m", "ruff", *style):
+            return code
+    codes = []
+    for suite, variables in SUITES.items():
+        named = [argument for argument in arguments if argument.startswith(tuple(SUITES))]
+        if named and not any(argument.startswith(suite) for argument in named):
+            continue
+        chosen = [argument for argument in arguments if argument not in named or argument.startswith(suite)]
+        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *chosen, **variables))
+        if codes[-1] and not (arguments and codes[-1] == NO_TESTS_CHOSEN):
+            return codes[-1]
+    return min(codes)
 
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return 2
-    set_up()
     command, arguments = sys.argv[1], sys.argv[2:]
-    if command != "test":
-        return subprocess.run([PYTHON, "-m", "wan_s2v_core", command, *arguments], cwd=ROOT).returncode
-    steps = (
-        [PYTHON, "-m", "ruff", "check"],
-        [PYTHON, "-m", "ruff", "format", "--check"],
-        [PYTHON, "-m", "pytest", "tests/core", *arguments],
-    )
-    return next((code for step in steps if (code := subprocess.run(step, cwd=ROOT).returncode)), 0)
+    if command in comfy_demo.COMMANDS:
+        comfy_demo.parse(sys.argv[1:])  # mistakes are told before anything is installed
+    try:
+        set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test") else set_up_core()
+    except subprocess.CalledProcessError as error:
+        print(f"error: setting up .venv failed in {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        print("It needs venv (on Debian and Ubuntu: apt install python3-venv) and a package index.", file=sys.stderr)
+        return 1
+    if command == "test":
+        return test(arguments)
+    if command in comfy_demo.COMMANDS:
+        return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
+    return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)
 
 
 if __name__ == "__main__":
