@@ -122,10 +122,18 @@ class Conditioning(io.ComfyNode):
                 io.Video.Input(
                     "pose_video",
                     optional=True,
-                    tooltip="Driving video: poses for the same seconds of the sound. Where it ends, the pose is free.",
+                    tooltip="Driving video: poses for the same seconds of the sound. Black where it has ended, as in "
+                    "the reference.",
                 ),
-                io.Int.Input("width", default=832, min=64, max=4096, step=16),
-                io.Int.Input("height", default=480, min=64, max=4096, step=16),
+                io.Int.Input(
+                    "width",
+                    default=832,
+                    min=64,
+                    max=4096,
+                    step=16,
+                    tooltip="With height the size of the video, or its area: see size_rule.",
+                ),
+                io.Int.Input("height", default=480, min=64, max=4096, step=16, tooltip="Sides are multiples of 16."),
                 io.Combo.Input(
                     "size_rule",
                     options=list(SIZE_RULES),
