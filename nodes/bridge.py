@@ -1,14 +1,16 @@
 """What ComfyUI offers, for the nodes: folders, progress, interrupt, its memory manager, and the loaded networks."""
 
+import contextlib
+import hashlib
 import logging
 import secrets
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management as manager
@@ -24,6 +26,7 @@ from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.config import ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import StoredClips
+from ..wan_s2v_core.memory import Home
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import load
 from ..wan_s2v_core.prepare import AUTO, plan_loading
@@ -78,25 +81,35 @@ def find_model(kind: str, name: str) -> ModelRecipe:
     if path is None:
         searched = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDERS[kind]))
         raise ConfigError(
-            f"{name!r} is not among the models in {MODEL_FOLDERS[kind]}. Put the file there, press R in ComfyUI and "
-            f"choose it again. Searched: {searched}"
+            f"{name!r} is not among the models in {MODEL_FOLDERS[kind]} (searched: {searched}). Put it there, press R "
+            "in ComfyUI and choose it again."
         )
     return ModelRecipe(kind, path)
 
 
-def stamp_of(kind: str, name: str) -> tuple:
-    """Changes when the files behind a name do, so that replaced ones are loaded again."""
+def stamp_of(kind: str, name: str) -> str:
+    """Changes when the files behind a name do, so that replaced ones are loaded again.
+
+    ComfyUI writes it into every file it saves: a digest tells nobody where the models lie.
+    """
     path = Path(find_model(kind, name).path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return (str(path), *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    facts = (str(path), *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 class Placed(nn.Module):
-    """Gives a network the attributes that ComfyUI's ModelPatcher sets on what it manages."""
+    """A network as ComfyUI's ModelPatcher manages it: with the attributes it sets, and a quick way back."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.device = network, torch.device("cpu")
+        self.network, self.device, self.home = network, torch.device("cpu"), Home(network)
+
+    def to(self, device: torch.device, *args: Any, **options: Any) -> "Placed":
+        if torch.device(device).type == "cpu":
+            self.home.take_back()
+            return self
+        return super().to(device, *args, **options)
 
 
 LOADED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -119,7 +132,7 @@ class ComfyNetworks:
         self.loading = replace(plan_loading(precision, card), device=self.device)
         self.offload = offload
 
-    @contextmanager
+    @contextlib.contextmanager
     def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
         patcher = self._patcher(kind)
         manager.load_models_gpu([patcher], memory_required=working_bytes, force_full_load=True)
@@ -189,17 +202,20 @@ def output_path(prefix: str, suffix: str, width_px: int, height_px: int) -> tupl
         ConfigError: if the prefix leads out of that folder, or to a place that cannot be written to.
     """
     root = Path(folder_paths.get_output_directory()).resolve()
-    if not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
+    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
         raise ConfigError(
             f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
         )
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width_px, height_px)
+        path = Path(folder) / f"{name}_{counter:05}_{suffix}"
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # refuses names that the file system cannot hold
     except OSError as error:
         raise ConfigError(
-            f"filename_prefix={prefix!r}: its folder cannot be used ({error.strerror}). Use another name, or make room."
+            f"filename_prefix={prefix!r} cannot be used ({error.strerror}). Use another name, or make room."
         ) from error
-    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+    return path, subfolder
 
 
 def free_ram_bytes() -> int:

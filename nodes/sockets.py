@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
 from ..wan_s2v_core.conditioning.pose import frames_at
@@ -82,8 +82,7 @@ def text_of(conditioning: list, name: str) -> Tensor:
 
 def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:
     """VIDEO -> its frames on our clock, read from the file as they are needed where there is one."""
-    source = video.get_stream_source()
-    if isinstance(source, str):
+    if isinstance(video, InputImpl.VideoFromFile) and isinstance(source := video.get_stream_source(), str):
         return DrivingVideo(source, fps)
     parts = video.get_components()
     pictures, rate = pictures_of(parts.images), Fraction(parts.frame_rate)

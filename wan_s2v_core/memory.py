@@ -12,10 +12,12 @@ from torch import nn
 from .model.checkpoint import TEXT_ENCODER
 from .model.loading import load
 
-FORWARD_BYTES_PER_TOKEN = 133_000
-"""Of one forward of the 14B DiT; 4.5 GB at 832x480 and 10.1 GB at 1280x704 on an H200, see dev/LOG.md."""
-VAE_BYTES_PER_PIXEL = 6000
-"""Of the VAE in float32, for one latent frame at a time."""
+FORWARD_BYTES_PER_TOKEN = 175_000
+"""Of sampling with the 14B DiT: one forward, and what two guidance branches keep of a driving video and the past.
+6.0 GB at 832x480 on an H200, 4.3 GB without either, see benchmarks/README.md."""
+VAE_BYTES_PER_PIXEL = 23_000
+"""Of the VAE in float32, for one latent frame at a time: 22,630 to decode and 17,190 to encode on an H200, the same at
+832x480 and 1280x704 and for any number of frames, see benchmarks/README.md."""
 
 
 def forward_bytes(tokens: int) -> int:
@@ -26,6 +28,22 @@ def forward_bytes(tokens: int) -> int:
 def vae_bytes(height_px: int, width_px: int) -> int:
     """Peak memory of encoding or decoding besides the VAE's weights and the video itself."""
     return VAE_BYTES_PER_PIXEL * height_px * width_px
+
+
+class Home:
+    """The tensors of a network as they lie in main memory, to return to without copying them back from a card."""
+
+    def __init__(self, network: nn.Module):
+        owners = [held for module in network.modules() for held in (module._parameters, module._buffers)]
+        self.places = [
+            (held, name, tensor, tensor.data) for held in owners for name, tensor in held.items() if tensor is not None
+        ]
+
+    def take_back(self) -> None:
+        """Let the network use them again; its copies elsewhere are freed."""
+        for held, name, tensor, data in self.places:
+            tensor.data = data
+            held[name] = tensor
 
 
 class Networks(Protocol):
@@ -65,6 +83,7 @@ class CheckpointNetworks:
         self.device = loading.device
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.loaded: dict[str, nn.Module] = {}
+        self.homes: dict[str, Home] = {}
 
     @contextmanager
     def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
@@ -73,10 +92,12 @@ class CheckpointNetworks:
         if kind not in self.loaded:
             loading = self.loading
             self.loaded[kind] = load(self.paths[kind], kind, loading.dtype(kind), home, loading.prepare(kind))
+        if self.offload and kind not in self.homes:
+            self.homes[kind] = Home(self.loaded[kind])
         try:
             yield self.loaded[kind].to(device)
         finally:
             if self.offload and device.type != "cpu":
-                self.loaded[kind].to(home)
+                self.homes[kind].take_back()
                 gc.collect()
                 torch.cuda.empty_cache()

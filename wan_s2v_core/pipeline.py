@@ -145,8 +145,9 @@ class S2VPipeline:
             with self.networks.use(kind, working_bytes) as network, told(network, self.check):
                 yield network
         except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0] or "no reason given"
             raise OutOfMemory(
-                f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({str(error).splitlines()[0]}) "
+                f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({reason}) "
                 "Choose a smaller size, precision float8-weights or offload, or close what else uses the card."
             ) from error
 

@@ -1,5 +1,6 @@
 """The driving video: pose frames of one clip, ready for the VAE."""
 
+import math
 from fractions import Fraction
 
 import torch
@@ -33,8 +34,11 @@ def pose_pixels(frames: Tensor, clip_frames: int, height_px: int, width_px: int)
 def frames_at(pictures: Tensor, source_fps: float, fps: float, start_frame: int, frames: int) -> Tensor:
     """Frames of a driving video in memory on our clock: the nearest picture to k / fps, fewer where it has ended.
 
+    Of two that are equally near the later one, always: 24 fps become 16 in even steps.
+
     Args:
         pictures: T H W 3 at `source_fps`.
     """
-    wanted = [round(Fraction(source_fps) * k / Fraction(fps)) for k in range(start_frame, start_frame + frames)]
-    return pictures[[index for index in wanted if index < len(pictures)]]
+    places = [Fraction(source_fps) * k / Fraction(fps) for k in range(start_frame, start_frame + frames)]
+    last = len(pictures) - 1
+    return pictures[[min(last, math.floor(place + Fraction(1, 2))) for place in places if place < len(pictures)]]

@@ -77,6 +77,7 @@ class ClipStore:
         self.folder, self.fps, self.recording, self.settings = folder, fps, recording, settings
         self.clip_frames: list[int] = []
         self.size_px = (0, 0)
+        self.is_begun = False
 
     @property
     def stored(self) -> StoredClips:
@@ -106,9 +107,12 @@ class ClipStore:
             save_file({"latents": latents.contiguous().cpu()}, stored.path(index, ".safetensors"))
             save_file({"motion_video": motion_video.contiguous().cpu()}, self.folder / "motion.safetensors")
         except (OSError, SafetensorError, ConfigError) as error:
+            if not index and self.is_begun:  # a folder without a clip would only be in the way of the next run
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.is_begun = False
             raise ConfigError(
-                f"clip {index + 1} cannot be kept in {self.folder}: {error} Free some space or save elsewhere; "
-                f"{index} finished clips are there."
+                f"clip {index + 1} cannot be kept in {self.folder} ({str(error).rstrip('.')}). "
+                f"Free some space or save elsewhere; finished clips there: {index}."
             ) from error
         self.clip_frames.append(len(frames))
 
@@ -122,5 +126,6 @@ class ClipStore:
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True)
+        self.is_begun = True
         text = json.dumps(self.settings, ensure_ascii=False, indent=1)
         (self.folder / "settings.json").write_text(text, encoding="utf-8")
