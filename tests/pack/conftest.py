@@ -4,18 +4,44 @@ python3 dev/run.py test sets COMFYUI_PATH and REQUIRE_COMFYUI. Without the first
 the second turns the skip into a failure, so that CI is never green on nothing.
 """
 
+import copy
+import json
 import os
+import wave
+from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from comfy_server import ComfyServer, sigterm_as_interrupt
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "wan_s2v"
+SMALL = {
+    "width": 64,
+    "height": 64,
+    "size_rule": "exact",
+    "clip_frames": 20,
+    "steps": 1,
+    "guidance_scale": 1.0,
+    "seconds": 1.0,
+}
+"""What makes a graph quick: one clip of 17 frames on a CPU takes about a second."""
 
 
 @pytest.fixture(scope="session")
-def comfy():
+def extra_models(tmp_path_factory) -> Path:
+    """A folder of models that the server knows through extra_model_paths alone."""
+    folder = tmp_path_factory.mktemp("extra")
+    for name in ("vae", "diffusion_models"):
+        (folder / name).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comfy(extra_models):
     """A running server; its `base` holds models, input, output and temp."""
     comfyui = os.environ.get("COMFYUI_PATH")
     if not comfyui:
@@ -23,7 +49,12 @@ def comfy():
             pytest.fail("REQUIRE_COMFYUI is set and COMFYUI_PATH is not. Run python3 dev/run.py test.")
         pytest.skip("COMFYUI_PATH is not set. Run python3 dev/run.py test.")
     sigterm_as_interrupt()
-    with ComfyServer(Path(comfyui), {PACK: ROOT}, environment={"OMP_NUM_THREADS": "2"}) as server:
+    paths = {"elsewhere": {"base_path": str(extra_models), "vae": "vae", "diffusion_models": "diffusion_models"}}
+    config = extra_models / "extra_model_paths.yaml"
+    config.write_text(json.dumps(paths), encoding="utf-8")  # JSON is YAML
+    arguments = ("--cpu", "--extra-model-paths-config", str(config))
+    variables = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    with ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables) as server:
         assert server.import_problems() == []
         yield server
 
@@ -34,7 +65,176 @@ def pack_nodes(comfy) -> list[str]:
     return comfy.pack_nodes()[PACK]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(comfy):
     """Run a prompt in API format -> comfy_client.Run; takes the options of ComfyClient.run."""
     return comfy.client.run
+
+
+@pytest.fixture(scope="session")
+def chance() -> np.random.Generator:
+    """Random numbers that are new in every run; the seed is printed when a test fails."""
+    seed = int(np.random.SeedSequence().entropy % 2**63)
+    print(f"chance is seeded with {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def new_seed(chance):
+    """Seeds that no other test uses, so that nothing comes out of ComfyUI's cache by accident."""
+    return lambda: int(chance.integers(2**62))
+
+
+@pytest.fixture(scope="session")
+def demo() -> dict:
+    """The workflow of the demo in API format."""
+    return json.loads((ROOT / "workflows" / "api" / "demo.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def graph(demo, comfy):
+    """Make a prompt of the demo's, shrunk: keyword arguments set inputs by their names, which are unique in it.
+
+    A value that is a tuple (class_type, inputs, output=0) becomes a node of its own, whose inputs may be such tuples.
+    """
+    schemas = comfy.client.object_info()
+
+    def make(**changes) -> dict:
+        prompt = copy.deepcopy(demo)
+        for name, value in (SMALL | changes).items():
+            (node,) = [node for node in prompt.values() if name in known_inputs(schemas, node["class_type"])]
+            node["inputs"][name] = linked(prompt, value)
+        return prompt
+
+    return make
+
+
+def known_inputs(schemas: dict, class_type: str) -> list[str]:
+    groups = schemas[class_type]["input_order"].items()
+    return [name for group, names in groups if group != "hidden" for name in names]
+
+
+def linked(prompt: dict, value):
+    """A value as the input of a node; tuples are added to the prompt as nodes."""
+    if not isinstance(value, tuple):
+        return value
+    kind, inputs, output = (*value, 0)[:3]
+    ready = {name: linked(prompt, inner) for name, inner in inputs.items()}
+    number = f"{max(map(int, prompt)) + 1}"
+    prompt[number] = {"class_type": kind, "inputs": ready}
+    return [number, output]
+
+
+@pytest.fixture(scope="session")
+def add_node():
+    """Add a node to a prompt -> its number. Inputs may be tuples as for `graph`."""
+
+    def add(prompt: dict, kind: str, **inputs) -> str:
+        return linked(prompt, (kind, inputs))[0]
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def write_sound(comfy, chance):
+    """Write a wav of random speech-like noise, or of given samples N C, into the input folder -> its name."""
+
+    def write(name: str, seconds: float = 1.0, channels: int = 1, rate: int = 48000, samples=None) -> str:
+        if samples is None:
+            times = np.arange(round(seconds * rate)) / rate
+            syllables = np.sin(2 * np.pi * 4 * times)[:, None] > -0.3
+            samples = 0.3 * chance.standard_normal((len(times), channels)).clip(-3, 3) * syllables
+        samples = samples[:, None] if np.ndim(samples) == 1 else samples
+        with wave.open(str(comfy.base / "input" / name), "wb") as file:
+            file.setnchannels(samples.shape[1])
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        return name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_picture(comfy, chance):
+    """Write a random picture into the input folder -> its name."""
+
+    def write(name: str, width: int = 72, height: int = 96, mode: str = "RGB") -> str:
+        bands = Image.new(mode, (1, 1)).getbands()
+        pixels = chance.integers(0, 256, (height, width, len(bands)), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze(-1) if len(bands) == 1 else pixels).save(comfy.base / "input" / name)
+        return name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_film(comfy, chance):
+    """Write a silent film of random pictures into the input folder -> its name."""
+
+    def write(name: str, frames: int = 25, fps: int = 25, width: int = 64, height: int = 96) -> str:
+        with av.open(str(comfy.base / "input" / name), "w") as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for _ in range(frames):
+                pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(None))
+        return name
+
+    return write
+
+
+@dataclass(frozen=True)
+class Film:
+    """A decoded video file: pictures T H W 3 uint8, sound C N."""
+
+    pictures: np.ndarray
+    fps: float
+    sound: np.ndarray
+    rate: int
+    sound_begins: float
+    tags: dict[str, str]
+
+    @property
+    def sound_seconds(self) -> float:
+        return self.sound.shape[1] / self.rate
+
+
+@pytest.fixture(scope="session")
+def watch():
+    """Decode all of a video file."""
+
+    def read(path: Path) -> Film:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            fps = float(stream.average_rate)
+        with av.open(str(path)) as container:
+            tags = {name.lower(): value for name, value in container.metadata.items()}
+            stream = container.streams.audio[0]
+            mixer = av.AudioResampler(format="fltp")
+            frames = list(container.decode(stream))
+            parts = [part.to_ndarray() for frame in frames for part in mixer.resample(frame)]
+            sound = np.concatenate(parts, axis=1)
+        return Film(np.stack(pictures), fps, sound, stream.rate, float(frames[0].time), tags)
+
+    return read
+
+
+def reason(ended) -> str:
+    """Why a run did not succeed."""
+    said = [f"{error.get('exception_type')}: {error.get('exception_message')}" for error in ended.errors]
+    return f"{ended.status}: {said} {ended.node_errors}"
+
+
+@pytest.fixture
+def film(comfy, watch, run):
+    """Run a prompt that must succeed, and decode the video it saves."""
+
+    def make(prompt: dict) -> Film:
+        ended = run(prompt)
+        assert ended.status == "success", reason(ended)
+        return watch(comfy.videos(ended)[-1])
+
+    return make

@@ -1,0 +1,331 @@
+"""Mistakes, through the API: each gets one message with the value, the rule and the way out, and the server goes on.
+
+ComfyUI checks numbers against their ranges, links against their types and files of its own loaders; the rest is ours.
+"""
+
+import contextlib
+import io
+import os
+import re
+import resource
+import shutil
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "assets" / "checkpoint"
+SAMPLE, SAVE = "6", "7"
+NAN = float("nan")
+OUR_ERROR = re.compile(r"\.errors\.(ConfigError|CheckpointError|BackendUnavailable|OutOfMemory)$")
+MB = 1 << 20
+
+
+def sound(name: str) -> dict:
+    return {"audio": ("LoadAudio", {"audio": name})}
+
+
+def picture(name: str) -> dict:
+    return {"picture": ("LoadImage", {"image": name})}
+
+
+def pose(name: str) -> dict:
+    return {"pose_video": ("LoadVideo", {"file": name})}
+
+
+def model(name: str) -> dict:
+    return {"model": ("WanS2VLoadModel", {"name": name})}
+
+
+OURS = {
+    "sound of not-a-numbers": (sound("nan.wav"), "samples are infinite or not a number"),
+    "sound of one sample": (sound("dot.wav"), "ms long"),
+    "film without sound": (
+        {"audio": ("GetVideoComponents", {"video": ("LoadVideo", {"file": "silent.mp4"})}, 1)},
+        "holds no sound",
+    ),
+    "start beyond the end": ({"start_seconds": 5000.0}, "start_seconds=5000"),
+    "start is no number": ({"start_seconds": NAN}, "start_seconds=nan"),
+    "length is no number": ({"seconds": NAN}, "seconds=nan"),
+    "picture of one pixel": (picture("dot.png"), "1x1 px"),
+    "picture 20000 px wide": (picture("wide.png"), "20000x20 px"),
+    "picture too long for the area": (
+        {**picture("long.png"), "size_rule": "picture's aspect"},
+        "Crop the picture, or choose a larger size",
+    ),
+    "width of 100": ({"width": 100}, "size 100x64"),
+    "clip frames": ({"clip_frames": 22}, "clip_frames=22"),
+    "fps is no number": ({"fps": NAN}, "fps=nan"),
+    "shift is no number": ({"shift": NAN}, "shift=nan"),
+    "guidance is no number": ({"guidance_scale": NAN}, "guidance_scale=nan"),
+    "audio guidance below 1": ({"audio_guidance_scale": 0.5}, "audio_guidance_scale=0.5"),
+    "driving video is text": (pose("text.mp4"), "text.mp4"),
+    "driving video is cut": (pose("cut.mp4"), "cut.mp4"),
+    "solver": ({"solver": "nope"}, "solver='nope'"),
+    "sigmas": ({"sigmas": "nope"}, "sigmas='nope'"),
+    "noise": ({"noise": "nope"}, "noise='nope'"),
+    "precision": ({"precision": "int3"}, "precision='int3'"),
+    "fit": ({"fit": "stretch"}, "fit='stretch'"),
+    "timing": ({"timing": "late"}, "timing='late'"),
+    "clip plan": ({"clip_plan": "none"}, "clip_plan='none'"),
+    "size rule": ({"size_rule": "any"}, "size_rule='any'"),
+    "device of the text encoder": ({"device": "tpu"}, "device='tpu'"),
+    "format": ({"format": "gif"}, "format='gif'"),
+    "unknown checkpoint": ({"checkpoint": "nope"}, "'nope' is not among the models"),
+    "checkpoint in another folder": ({"checkpoint": "../../input"}, "'../../input' is not among the models"),
+    "model at an absolute path": (model("/etc/passwd"), "'/etc/passwd' is not among the models"),
+    "model by a path that climbs": (model("wrong/../vae.safetensors"), "is not among the models"),
+    "model is a VAE": (model("vae.pth"), "is a Wan 2.1 VAE, not a"),
+    "model is cut": (model("cut.safetensors"), "cut.safetensors"),
+    "model is text": (model("text.safetensors"), "text.safetensors"),
+    "model is empty": (model("empty.safetensors"), "empty.safetensors"),
+    "model is one of two shards": (model("part-00001-of-00002.safetensors"), "one of 2 shards"),
+    "model of another text width": (model("Wide (folder)"), "text encoder gives embeddings of width"),
+    "model with a broken config": (model("Broken (folder)"), "config.json"),
+    "checkpoint without its encoders": ({"checkpoint": "Wide (folder)"}, "has the DiT but no umT5 text encoder"),
+    "text encoder without its tokenizer": (
+        {"text_encoder": ("WanS2VLoadTextEncoder", {"name": "alone.pth"})},
+        "google/umt5-xxl",
+    ),
+    "name climbs out": ({"filename_prefix": "../../x"}, "filename_prefix='../../x'"),
+    "name climbs out later": ({"filename_prefix": "a/../../../x"}, "filename_prefix='a/../../../x'"),
+    "name at an absolute path": ({"filename_prefix": "/abs/x"}, "filename_prefix='/abs/x'"),
+    "name is empty": ({"filename_prefix": ""}, "filename_prefix=''"),
+    "name of dots": ({"filename_prefix": "a/.."}, "filename_prefix='a/..'"),
+    "name with a zero byte": ({"filename_prefix": "a\0b"}, "filename_prefix='a\\x00b'"),
+    "name too long": ({"filename_prefix": "x" * 300}, "xxx"),
+    "folder is a file": ({"filename_prefix": "taken/video"}, "filename_prefix='taken/video'"),
+}
+
+REJECTED = {
+    "no such sound": (sound("gone.wav"), "custom_validation_failed", "gone.wav"),
+    "no such picture": (picture("gone.png"), "custom_validation_failed", "gone.png"),
+    "no such driving video": (pose("gone.mp4"), "custom_validation_failed", "gone.mp4"),
+    "wrong socket": ({"vae": ["2", 1]}, "return_type_mismatch", "WAN_S2V_VAE"),
+    "no steps": ({"steps": 0}, "value_smaller_than_min", "steps"),
+    "too many steps": ({"steps": 10**9}, "value_bigger_than_max", "steps"),
+    "steps in words": ({"steps": "many"}, "invalid_input_type", "steps"),
+    "guidance below 1": ({"guidance_scale": 0.5}, "value_smaller_than_min", "guidance_scale"),
+    "negative seed": ({"seed": -1}, "value_smaller_than_min", "seed"),
+    "seed of 64 bits": ({"seed": 2**64 - 1}, "value_bigger_than_max", "seed"),
+    "fps of 0.5": ({"fps": 0.5}, "value_smaller_than_min", "fps"),
+    "fps of 1000": ({"fps": 1000.0}, "value_bigger_than_max", "fps"),
+    "clip of 8 frames": ({"clip_frames": 8}, "value_smaller_than_min", "clip_frames"),
+    "width of 32": ({"width": 32}, "value_smaller_than_min", "width"),
+    "negative length": ({"seconds": -1.0}, "value_smaller_than_min", "seconds"),
+}
+
+COMFYS_OWN = {
+    "sound is text": sound("text.wav"),
+    "sound is empty": sound("empty.wav"),
+    "sound without a sample": sound("none.wav"),
+    "mp3 is cut": sound("cut.mp3"),
+    "picture is text": picture("text.png"),
+    "picture is cut": picture("cut.png"),
+}
+"""Files that ComfyUI's LoadAudio and LoadImage read, and refuse or take in their own way."""
+
+FINE = {
+    "silence": sound("silence.wav"),
+    "nine channels": sound("nine.wav"),
+    "eight kilohertz": sound("low.wav"),
+    "picture with transparency": {
+        "picture": (
+            "JoinImageWithAlpha",
+            {
+                "image": ("LoadImage", {"image": "alpha.png"}),
+                "alpha": ("LoadImage", {"image": "alpha.png"}, 1),
+            },
+        )
+    },
+    "transparent picture file": picture("alpha.png"),
+    "grey picture": picture("grey.png"),
+    "picture of 16 px": picture("small.png"),
+    "tall picture": picture("tall.png"),
+    "prompt of 3000 words": {"prompt": "a person talks and sings, " * 600},
+    "empty prompts": {"prompt": "", "negative_prompt": ""},
+    "prompt of signs": {"prompt": "说话的人 🙂 \u202e\x07 <extra_id_0> </s> (word:1.3)"},
+    "negative prompt zeroed out": {"negative": ("ConditioningZeroOut", {"conditioning": ["4", 0]})},
+    "short driving video": pose("silent.mp4"),
+    "highest seed": {"seed": 2**63 - 1},
+    "one frame a second": {"fps": 1.0, "seconds": 3.0},
+    "less sound than a frame": {"seconds": 0.05},
+    "name in other letters": {"filename_prefix": "видео/Größe %width%"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(comfy, write_sound, write_picture, write_film, chance):
+    """Everything that the cases name."""
+    folder, models = comfy.base / "input", comfy.base / "models"
+    write_sound("dot.wav", samples=np.zeros(1))
+    write_sound("none.wav", samples=np.zeros((0, 1)))
+    write_sound("silence.wav", samples=np.zeros(48000))
+    write_sound("nine.wav", 1.0, channels=9)
+    write_sound("low.wav", 1.0, rate=8000)
+    samples = chance.standard_normal(24000).astype("<f4")
+    samples[chance.integers(24000)] = NAN
+    (folder / "nan.wav").write_bytes(float_wav(samples))
+    (folder / "cut.mp3").write_bytes(mp3(chance)[:2000])
+    write_picture("dot.png", 1, 1)
+    write_picture("small.png", 16, 16)
+    write_picture("wide.png", 20000, 20)
+    write_picture("long.png", 8000, 20)
+    write_picture("tall.png", 20, 900)
+    write_picture("alpha.png", mode="RGBA")
+    write_picture("grey.png", mode="L")
+    whole = (folder / write_picture("cut.png", 100, 100)).read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    whole = (folder / write_film("silent.mp4", 5)).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.wav", "text.png", "text.mp4"):
+        (folder / name).write_text("this is neither sound nor picture")
+    (folder / "empty.wav").write_bytes(b"")
+    (comfy.output / "taken").write_text("a file where a folder would be")
+    make_models(models / "diffusion_models", models / "text_encoders")
+
+
+def make_models(dits: Path, texts: Path) -> None:
+    for folder in (dits, texts):
+        folder.mkdir(parents=True, exist_ok=True)
+    shards = sorted(CHECKPOINT.glob("*.safetensors"))
+    shutil.copy(CHECKPOINT / "Wan2.1_VAE.pth", dits / "vae.pth")
+    (dits / "cut.safetensors").write_bytes(shards[0].read_bytes()[: 500 * 1024])
+    (dits / "text.safetensors").write_text("this is no model")
+    (dits / "empty.safetensors").write_bytes(b"")
+    shutil.copy(shards[0], dits / "part-00001-of-00002.safetensors")
+    config = (CHECKPOINT / "config.json").read_text(encoding="utf-8")
+    changes = {"Wide": re.sub(r'"text_dim": (\d+)', lambda found: f'"text_dim": 2{found[1]}', config), "Broken": "{"}
+    for name, text in changes.items():
+        shutil.copytree(CHECKPOINT, dits / name, ignore=shutil.ignore_patterns("*.pth", "google", "wav2vec2*"))
+        (dits / name / "config.json").write_text(text, encoding="utf-8")
+    shutil.copy(CHECKPOINT / "models_t5_umt5-xxl-enc-bf16.pth", texts / "alone.pth")
+
+
+def float_wav(samples: np.ndarray, rate: int = 24000) -> bytes:
+    """A mono wav with float samples, which may be no numbers."""
+    data = samples.tobytes()
+    form = struct.pack("<HHIIHH", 3, 1, rate, 4 * rate, 4, 32)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def mp3(chance, rate: int = 24000) -> bytes:
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp3") as container:
+        stream = container.add_stream("mp3", rate=rate)
+        frame = av.AudioFrame.from_ndarray(
+            chance.standard_normal((1, rate)).astype(np.float32) / 10, format="fltp", layout="mono"
+        )
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return target.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def server_lives(comfy):
+    yield
+    assert comfy.process.poll() is None, comfy.log(40)
+    assert not list(comfy.output.rglob("*.part")), "an unfinished file was left"
+
+
+def message_of(ended) -> str:
+    """The message of a prompt that our code refused, which must be one for people."""
+    assert ended.status == "error" and len(ended.errors) == 1, (ended.status, ended.errors, ended.node_errors)
+    (error,) = ended.errors
+    assert OUR_ERROR.search(error["exception_type"]), (error["exception_type"], error["exception_message"])
+    message = error["exception_message"].strip()
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+@pytest.mark.parametrize("mistake", OURS)
+def test_mistakes_are_named(mistake, graph, run):
+    changes, wanted = OURS[mistake]
+    message = message_of(run(graph(**changes)))
+    assert wanted in message, message
+
+
+@pytest.mark.parametrize("mistake", REJECTED)
+def test_comfyui_refuses_before_running(mistake, graph, run):
+    changes, kind, named = REJECTED[mistake]
+    ended = run(graph(**changes))
+    assert ended.status == "rejected" and not ended.started
+    (error,) = [error for node in ended.node_errors.values() for error in node["errors"]]
+    assert error["type"] == kind and named in f"{error['message']} {error['details']}"
+
+
+@pytest.mark.parametrize("mistake", COMFYS_OWN)
+def test_files_that_comfyuis_loaders_read(mistake, graph, run):
+    """Only that it ends: the message, or what is made of half a file, is theirs."""
+    assert run(graph(**COMFYS_OWN[mistake])).status in ("error", "success")
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_unusual_inputs_work(case, graph, film):
+    shown = film(graph(**FINE[case]))
+    changes = FINE[case]
+    seconds, fps = changes.get("seconds", 1.0), changes.get("fps", 16.0)
+    assert len(shown.pictures) == max(1, round(seconds * fps))
+
+
+def test_clips_deleted_between_two_runs(graph, run, comfy, new_seed):
+    seed, folder = new_seed(), comfy.output / "wan_s2v_clips"
+    assert run(graph(seed=seed)).status == "success"
+    shutil.rmtree(folder)
+    message = message_of(run(graph(seed=seed, filename_prefix="again")))
+    assert "no longer there" in message and "Sample again" in message
+    assert run(graph(seed=new_seed(), filename_prefix="again")).status == "success"
+
+
+@contextlib.contextmanager
+def largest_file(process_id: int, size: int):
+    """Files of another process cannot grow beyond so many bytes, as on a full disk."""
+    before = resource.prlimit(process_id, resource.RLIMIT_FSIZE)
+    resource.prlimit(process_id, resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process_id, resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_full_while_clips_are_kept(graph, run, comfy, new_seed):
+    prompt = graph(seed=new_seed())
+    with largest_file(comfy.process.pid, MB):
+        message = message_of(run(prompt))
+    assert "clip 1 cannot be kept" in message and "Free some space" in message
+    assert run(prompt).status == "success"
+
+
+def test_disk_full_while_the_video_is_saved(graph, run, comfy, write_sound, new_seed):
+    """The clips are there already: with room, saving alone runs again."""
+    prompt = graph(**sound(write_sound("big.wav", 2.0, channels=8, rate=96000)), seconds=0.0, seed=new_seed())
+    common = {"filename_prefix": "full", "format": "lossless-mkv"}
+    assert run(prompt).status == "success"
+    prompt[SAVE]["inputs"] |= common
+    with largest_file(comfy.process.pid, MB):
+        message = message_of(run(prompt))
+    assert "cannot grow" in message and "free some space" in message
+    assert not list(comfy.output.glob("full*"))
+    again = run(prompt)
+    assert again.status == "success" and set(again.started) == {SAVE}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_folder_is_read_only(graph, run, comfy):
+    folder = comfy.output / "locked"
+    folder.mkdir()
+    folder.chmod(0o500)
+    try:
+        message = message_of(run(graph(filename_prefix="locked/video")))
+    finally:
+        folder.chmod(0o700)
+    assert "must be writable" in message
+
+
+def test_the_server_still_works(graph, film, new_seed):
+    assert len(film(graph(seed=new_seed())).pictures) == 16

@@ -1,0 +1,181 @@
+"""Cancelling, and giving memory back: nothing finished is lost, nothing unfinished stays, and the server goes on."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SAMPLE, SAVE = "6", "7"
+STEPS = 40
+"""So many that the end of a clip is far from its start; one takes about 20 ms at 64x64."""
+SOON = 2.0
+"""Seconds within which a cancelled run ends, on busy cores too; on idle ones it takes a tenth of a second."""
+LEAK_MB = 150
+"""Main memory that the server may keep after a cancelled run was freed. Its networks take about 10 MB, one clip's
+activations some 100 MB; allocators keep some of what was used."""
+
+
+@pytest.fixture
+def clips(comfy):
+    """New folders of clips since the test began: call it to look."""
+    folder = comfy.output / "wan_s2v_clips"
+
+    def listed() -> set[Path]:
+        return set(folder.iterdir()) if folder.is_dir() else set()
+
+    before = listed()
+    return lambda: sorted(listed() - before)
+
+
+@pytest.fixture
+def cancelled(run, comfy):
+    """Run a prompt and interrupt it at a value of its progress bar -> the run, and how many seconds it went on."""
+
+    def cancel(prompt: dict, value: int, pause: float = 0.0):
+        asked = []
+
+        def stop(_: str, __: dict, state) -> None:
+            if not asked and state.progress and state.progress[-1][1] >= value:
+                time.sleep(pause)
+                asked.append(time.monotonic())
+                comfy.client.interrupt(state.prompt_id)
+
+        ended = run(prompt, on_event=stop)
+        return ended, time.monotonic() - asked[0]
+
+    return cancel
+
+
+@pytest.fixture
+def free(comfy):
+    """What the buttons in ComfyUI do: unload networks, forget cached results."""
+
+    def post() -> None:
+        comfy.client.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1.5)  # the worker looks between prompts, and collects garbage then
+
+    return post
+
+
+def resident_mb(comfy) -> float:
+    status = Path(f"/proc/{comfy.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+def loads(comfy) -> int:
+    """How many networks have been loaded from files so far; the log tells each."""
+    return len(re.findall(r": \d+ tensors as torch\.\w+ on ", comfy.log()))
+
+
+def wait_for(condition, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_cancelled_in_the_second_clip(graph, cancelled, run, clips, comfy, watch):
+    prompt = graph(seconds=3.0, steps=STEPS)
+    ended, seconds = cancelled(prompt, STEPS + 2)
+    assert ended.status == "interrupted" and seconds < SOON
+    assert STEPS + 2 <= ended.step(SAMPLE)[0] < 2 * STEPS, "it stops at once, not at the end of the clip"
+    (folder,) = clips()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "clip_0000.mkv",
+        "clip_0000.safetensors",
+        "motion.safetensors",
+        "settings.json",
+    ]
+    shown = watch(folder / "clip_0000.mkv")
+    assert len(shown.pictures) == 17 and shown.sound_seconds == pytest.approx(17 / 16, abs=0.01)
+    assert json.loads((folder / "settings.json").read_text(encoding="utf-8"))["sampling"]["steps"] == STEPS
+    assert not comfy.videos(ended) and not comfy.client.queue()["queue_running"]
+
+
+def test_the_next_run_is_as_if_nothing_had_been(graph, film, cancelled, new_seed):
+    """Uncancelled, cancelled and uncancelled again: the first and the last are the same video."""
+    common = {"seconds": 2.0, "steps": 2, "format": "lossless-mkv"}
+    seed = new_seed()
+    expected = film(graph(**common, seed=seed)).pictures
+    ended, _ = cancelled(graph(**common, seed=new_seed()), 3)
+    assert ended.status == "interrupted"
+    again = film(graph(**common, seed=seed)).pictures
+    assert np.array_equal(again, expected)
+
+
+def test_cancelled_while_a_clip_is_decoded(graph, cancelled, clips, new_seed):
+    """The decoder has no progress bar; it looks before each of its layers. It takes seconds at this size."""
+    prompt = graph(seconds=1.0, steps=2, width=256, height=256, seed=new_seed())
+    ended, seconds = cancelled(prompt, 2, pause=0.2)
+    assert ended.status == "interrupted" and seconds < SOON
+    assert ended.step(SAMPLE) == (2, 2) and not clips()
+
+
+def test_cancelled_before_the_sampler(graph, run, comfy, new_seed):
+    """The encoders have no progress bars either, and look before each of their layers."""
+
+    def stop(kind: str, data: dict, state) -> None:
+        if kind == "executing" and data.get("node") == "3":
+            comfy.client.interrupt(state.prompt_id)
+
+    ended = run(graph(seconds=14.0, start_seconds=0.1, seed=new_seed()), on_event=stop)
+    assert ended.status == "interrupted" and SAMPLE not in ended.started
+
+
+def test_another_prompt_id_is_not_cancelled(graph, run, comfy, new_seed):
+    ended = run(
+        graph(seed=new_seed(), steps=2),
+        on_event=lambda kind, *_: comfy.client.interrupt("nobody") if kind == "progress" else None,
+    )
+    assert ended.status == "success"
+
+
+def test_memory_returns_after_a_cancelled_run(graph, run, cancelled, free, comfy, new_seed):
+    """Resident memory of the server after /free: at most LEAK_MB above what it was before two cancelled runs."""
+    assert run(graph(seconds=2.0, seed=new_seed())).status == "success"  # libraries and pools are there from now on
+    free()
+    before = resident_mb(comfy)
+    for _ in range(2):
+        ended, _ = cancelled(graph(seconds=2.0, steps=3, seed=new_seed()), 4)
+        assert ended.status == "interrupted"
+    free()
+    after = resident_mb(comfy)
+    print(f"resident memory: {before:.0f} MB before, {after:.0f} MB after")
+    assert after - before < LEAK_MB
+
+
+def test_networks_stay_until_they_are_freed(graph, film, free, comfy, new_seed):
+    seed = new_seed()
+    expected = film(graph(seed=seed, format="lossless-mkv")).pictures
+    loaded = loads(comfy)
+    film(graph(seed=new_seed()))
+    assert loads(comfy) == loaded, "a network that is there is used again"
+    free()
+    again = film(graph(seed=seed, format="lossless-mkv")).pictures
+    assert loads(comfy) == loaded + 4 and np.array_equal(again, expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_clips_go_when_the_video_is_saved_unless_kept(keep, graph, run, clips, new_seed):
+    """They stay while ComfyUI may ask for them again: another Save of the same clips samples nothing."""
+    seed = new_seed()
+    assert run(graph(seed=seed, keep_clips=keep)).status == "success"
+    (folder,) = clips()
+    again = run(graph(seed=seed, keep_clips=keep, format="vp9-webm"))
+    assert again.status == "success" and SAMPLE not in again.started and folder.is_dir()
+    assert run(graph(seed=new_seed())).status == "success"
+    assert wait_for(lambda: folder.is_dir() == keep), "kept" if not keep else "gone"
+
+
+def test_clips_without_a_video_stay(graph, add_node, run, clips, free, new_seed):
+    """Where nothing was saved the clips are all there is: they outlive ComfyUI's cache."""
+    prompt = graph(seed=new_seed())
+    del prompt[SAVE]
+    add_node(prompt, "SaveLatent", samples=[SAMPLE, 1], filename_prefix="latents/last")
+    assert run(prompt).status == "success"
+    (folder,) = clips()
+    free()
+    assert run(graph(seed=new_seed())).status == "success" and (folder / "clip_0000.mkv").is_file()
