@@ -33,7 +33,7 @@ from ..wan_s2v_core.prepare import AUTO, plan_loading
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = "embedded demo (tiny, random weights)"
+EMBEDDED = "embedded demo"
 OFFICIAL = " (folder)"
 """Ends the name of a folder in the official layout, so that it cannot be taken for a file."""
 MODEL_FOLDERS = {
@@ -195,19 +195,25 @@ def let_go(clips: StoredClips) -> None:
         weakref.finalize(clips, shutil.rmtree, clips.folder, ignore_errors=True)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raises ConfigError if a file name prefix leads out of ComfyUI's output folder or names no file."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
+        raise ConfigError(
+            f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
+        )
+
+
 def output_path(prefix: str, suffix: str, width_px: int, height_px: int) -> tuple[Path, str]:
     """A new file in ComfyUI's output folder, and its subfolder.
 
     Raises:
         ConfigError: if the prefix leads out of that folder, or to a place that cannot be written to.
     """
-    root = Path(folder_paths.get_output_directory()).resolve()
-    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
-        raise ConfigError(
-            f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
-        )
+    check_prefix(prefix)
+    root = folder_paths.get_output_directory()
     try:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root), width_px, height_px)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width_px, height_px)
         path = Path(folder) / f"{name}_{counter:05}_{suffix}"
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # refuses names that the file system cannot hold

@@ -80,6 +80,15 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Told before the long run that comes first; None where another node gives the name."""
+        try:
+            bridge.check_prefix(filename_prefix or "later")
+        except ConfigError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, clips, filename_prefix, format) -> io.NodeOutput:
         check_choice("format", format, video_presets())
         suffix = video_preset(format).suffix

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 CHECKPOINT = ROOT / "assets" / "checkpoint"
-EMBEDDED = "embedded demo (tiny, random weights)"
+EMBEDDED = "embedded demo"
 TINY = {"width": 64, "height": 64, "size_rule": "exact", "clip_frames": 20, "steps": 1, "seconds": 2.0}
 SAMPLE, SAVE = "6", "7"
 """Numbers of two nodes of the demo."""
