@@ -30,6 +30,15 @@ def vae_bytes(height_px: int, width_px: int) -> int:
     return VAE_BYTES_PER_PIXEL * height_px * width_px
 
 
+VOICE_BYTES_PER_SECOND = 34_000_000
+"""Of wav2vec large in float32: 23 MB in its first convolutions and 10 MB for all hidden states and a copy of them."""
+
+
+def voice_bytes(seconds: float) -> int:
+    """Peak memory of hearing a recording besides the audio encoder's weights."""
+    return round(VOICE_BYTES_PER_SECOND * seconds)
+
+
 class Home:
     """The tensors of a network as they lie in main memory, to return to without copying them back from a card."""
 

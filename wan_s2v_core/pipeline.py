@@ -16,7 +16,7 @@ from .config import S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, OutOfMemory
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
-from .memory import Networks, forward_bytes, vae_bytes
+from .memory import Networks, forward_bytes, vae_bytes, voice_bytes
 from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
@@ -118,6 +118,11 @@ def told(network: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
             hook.remove()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class of its own for cards; main memory that runs out is told in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class S2VPipeline:
     """The stages of a video, each with the network it needs.
 
@@ -144,11 +149,13 @@ class S2VPipeline:
         try:
             with self.networks.use(kind, working_bytes) as network, told(network, self.check):
                 yield network
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0] or "no reason given"
             raise OutOfMemory(
                 f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({reason}) "
-                "Choose a smaller size, precision float8-weights or offload, or close what else uses the card."
+                "Choose a smaller size, precision float8-weights or offload, or close what else uses it."
             ) from error
 
     @torch.inference_mode()
@@ -165,7 +172,7 @@ class S2VPipeline:
             ConfigError: if no features can be computed from it.
         """
         check_recording(recording)
-        with self.network(SPEECH_ENCODER) as encoder:
+        with self.network(SPEECH_ENCODER, voice_bytes(recording.seconds)) as encoder:
             hidden = encoder.hidden_states(recording.speech())
             return Voice(recording, resample_features(hidden, SPEECH_FEATURE_HZ, FEATURE_HZ).cpu())
 

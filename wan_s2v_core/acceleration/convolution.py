@@ -21,8 +21,10 @@ def flat_convolution(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor |
 
 
 def flatten_convolutions(network: nn.Module) -> None:
-    """Let every 3D convolution of a network that neither dilates, groups nor pads in time run as a 2D one."""
+    """Let every 3D convolution of a network run as a 2D one that neither dilates nor groups, does not pad in time, and
+    pads in space with zeros if at all."""
     for layer in network.modules():
-        plain = isinstance(layer, nn.Conv3d) and layer.dilation == (1, 1, 1) and layer.groups == 1
-        if plain and not layer.padding[0]:
+        if not isinstance(layer, nn.Conv3d) or layer.dilation != (1, 1, 1) or layer.groups > 1:
+            continue
+        if not layer.padding[0] and (layer.padding_mode == "zeros" or not any(layer.padding)):
             layer._conv_forward = MethodType(flat_convolution, layer)

@@ -40,6 +40,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 CLOCK_TOLERANCE = 0.0015
 """Seconds; Matroska and WebM round time stamps to milliseconds."""
+TIE_SECONDS = 1e-5
+"""Closer than this two pictures count as equally near to a moment."""
 BT709, LIMITED_RANGE = 1, 1
 """Numbers of ITU-T H.273 for the colour tags, and FFmpeg's for the range."""
 PLAIN_COLOURS = ("rgb", "bgr", "gbr", "gray", "pal")
@@ -395,7 +397,7 @@ def _shown_frames(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
     shown, begin = None, 0.0
     for frame, time in timed_frames(container, stream, path):
         if shown is not None:
-            yield shown, time - source_frame / 2
+            yield shown, time - source_frame / 2 - TIE_SECONDS  # of two equally near, the later one
         shown, begin = frame, time
     yield shown, begin + source_frame - CLOCK_TOLERANCE
 
