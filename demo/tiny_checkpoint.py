@@ -118,29 +118,47 @@ def write_shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     write_json(folder / f"{DIT_STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint into `folder` and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
+def write_tokenizer(folder: Path, model: bytes) -> None:
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER_FOLDER / "spiece.model").write_bytes(tokenizer)
+    (folder / TOKENIZER_FOLDER / "spiece.model").write_bytes(model)
 
+
+def vocabulary_size(tokenizer: bytes) -> int:
     from sentencepiece import SentencePieceProcessor
 
-    vocabulary = SentencePieceProcessor(model_proto=tokenizer).vocab_size()
-    dit, vae = S2VTransformer(DIT_CONFIG), VideoVAE(VAE_WIDTH)
-    text, speech = TextEncoder(TEXT_SIZES | {"vocab_size": vocabulary}), SpeechEncoder(SPEECH_SETTINGS)
-    for network in (dit, vae, text, speech):
-        fill_random(network, seed)
+    return SentencePieceProcessor(model_proto=tokenizer).vocab_size()
 
+
+def write_networks(
+    folder: Path, dit: S2VTransformer, vae: VideoVAE, text: TextEncoder, speech: SpeechEncoder, speech_settings: dict
+) -> None:
+    """All four networks in bfloat16, where the official folder has them."""
     write_shards(folder, bfloat16_weights(dit, dit_name))
-    write_json(folder / "config.json", official_dit_config(DIT_CONFIG))
+    write_json(folder / "config.json", official_dit_config(dit.config))
     torch.save(bfloat16_weights(vae, vae_name), folder / OFFICIAL_FILES[VAE][0])
     torch.save(bfloat16_weights(text, text_encoder_name), folder / OFFICIAL_FILES[TEXT_ENCODER][0])
     speech_folder = folder / OFFICIAL_FILES[SPEECH_ENCODER][0]
     speech_folder.mkdir(exist_ok=True)
     save_file(bfloat16_weights(speech, lambda name: SPEECH_PREFIX + name), speech_folder / "model.safetensors")
-    write_json(speech_folder / "config.json", {"model_type": "wav2vec2", **SPEECH_SETTINGS})
+    write_json(speech_folder / "config.json", {"model_type": "wav2vec2", **speech_settings})
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint into `folder` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer()
+    write_tokenizer(folder, tokenizer)
+    dit, vae = S2VTransformer(DIT_CONFIG), VideoVAE(VAE_WIDTH)
+    text = TextEncoder(TEXT_SIZES | {"vocab_size": vocabulary_size(tokenizer)})
+    speech = SpeechEncoder(SPEECH_SETTINGS)
+    for network in (dit, vae, text, speech):
+        fill_random(network, seed)
+    write_networks(folder, dit, vae, text, speech, SPEECH_SETTINGS)
     return folder
 
 
@@ -150,8 +168,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     made = make_checkpoint(options.folder, options.seed)
-    size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
-    print(f"{made}: {size / 1e6:.1f} MB")
+    print(f"{made}: {size_of(made) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -123,13 +123,21 @@ class ComfyNetworks:
         precision: of the DiT and the text encoder; VAE and audio encoder stay float32.
         offload: take each network off the card when its stage is over; otherwise it stays until ComfyUI needs room.
         on_cpu: leave all of them in main memory.
+        split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
     """
 
-    def __init__(self, *recipes: ModelRecipe, precision: str = AUTO, offload: bool = True, on_cpu: bool = False):
+    def __init__(
+        self,
+        *recipes: ModelRecipe,
+        precision: str = AUTO,
+        offload: bool = True,
+        on_cpu: bool = False,
+        split_experts: int = 0,
+    ):
         self.recipes = {recipe.kind: recipe for recipe in recipes}
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
-        self.loading = replace(plan_loading(precision, card), device=self.device)
+        self.loading = replace(plan_loading(precision, card, split_experts), device=self.device)
         self.offload = offload
 
     @contextlib.contextmanager
@@ -153,6 +161,7 @@ class ComfyNetworks:
         if kept is None or kept[0] != self.loading:
             LOADED.pop(recipe, None)  # two precisions of one network would take twice the memory
             network = load(recipe.path, kind, self.loading.dtype(kind), cpu, self.loading.prepare(kind))
+            self.loading.finish(kind, network, recipe.path)
             LOADED[recipe] = self.loading, comfy.model_patcher.ModelPatcher(Placed(network), self.device, cpu)
         return LOADED[recipe][1]
 

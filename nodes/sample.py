@@ -1,23 +1,17 @@
 """All clips of a video, each carrying its motion into the next."""
 
-import logging
-
 from comfy_api.latest import io
 
+from ..wan_s2v_core.acceleration.experts.router import describe_experts
 from ..wan_s2v_core.conditioning.image import to_frames
-from ..wan_s2v_core.config import NOISES, SIGMA_SPACINGS, SOLVERS, SamplingConfig
+from ..wan_s2v_core.config import NOISES, OVERFLOWS, SIGMA_SPACINGS, SOLVERS, ExpertRouting, SamplingConfig
 from ..wan_s2v_core.io.clip_store import ClipStore
 from ..wan_s2v_core.model.checkpoint import DIT
 from ..wan_s2v_core.model.loading import find_part
 from ..wan_s2v_core.pipeline import S2VPipeline, check_fit
-from ..wan_s2v_core.prepare import AUTO, PRECISIONS
+from ..wan_s2v_core.prepare import AUTO, PRECISIONS, choose_routing
 from . import bridge
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
-
-log = logging.getLogger(__name__)
-
-NO_EXPERTS = "this checkpoint is one dense DiT without experts: moe_top_k, moe_expert_capacity and moe_gate_dropout do \
-nothing"
 
 
 class Sample(io.ComfyNode):
@@ -111,6 +105,21 @@ class Sample(io.ComfyNode):
                     step=0.01,
                     tooltip="Probability of masking an expert choice. Lowers fidelity. S2V-14B has no experts.",
                 ),
+                io.Combo.Input(
+                    "moe_overflow",
+                    options=list(OVERFLOWS),
+                    default="spill",
+                    tooltip="Tokens beyond an expert's capacity: spill takes them in further rounds, with the same "
+                    "result; drop leaves that expert out for them.",
+                ),
+                io.Int.Input(
+                    "split_experts",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Split each feed-forward of a dense model into so many experts. With all of them in use "
+                    "(moe_top_k 0) the result is the same; fewer is an approximation. 0: leave it whole.",
+                ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
             hidden=[io.Hidden.unique_id],
@@ -120,6 +129,7 @@ class Sample(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
+        moe_overflow, split_experts,
     ) -> io.NodeOutput:  # fmt: skip
         sampling = SamplingConfig(
             steps=steps,
@@ -131,22 +141,32 @@ class Sample(io.ComfyNode):
             seed=seed,
             noise=noise,
         )
-        voice, text = conditioning.voice, conditioning.text
-        check_fit(find_part(model.path, DIT).config, text.shape[-1], voice.shape[2], voice.shape[1])
-        if moe_top_k or moe_expert_capacity or moe_gate_dropout:
-            log.warning(NO_EXPERTS)
-            bridge.say(cls.hidden.unique_id, NO_EXPERTS)
-        pipeline = S2VPipeline(
-            bridge.ComfyNetworks(model, vae, precision=precision, offload=offload), bridge.check_interrupt
+        routing = ExpertRouting(
+            top_k=moe_top_k or None,
+            expert_capacity=moe_expert_capacity or None,
+            overflow=moe_overflow,
+            gate_dropout=moe_gate_dropout,
+            gate_dropout_seed=seed if moe_gate_dropout else None,
         )
+        config, voice, text = find_part(model.path, DIT).config, conditioning.voice, conditioning.text
+        check_fit(config, text.shape[-1], voice.shape[2], voice.shape[1])
+        usable = choose_routing(config, routing, split_experts)
+        networks = bridge.ComfyNetworks(model, vae, precision=precision, offload=offload, split_experts=split_experts)
+        pipeline = S2VPipeline(networks, bridge.check_interrupt)
         settings = {
             "model": model.to_dict(),
             "video": conditioning.video.to_dict(),
             "sampling": sampling.to_dict(),
+            "routing": routing.to_dict(),
+            "split_experts": split_experts,
             "keep_clips": keep_clips,
         }
         store = ClipStore(bridge.new_clips_folder(), conditioning.video.fps, conditioning.recording, settings)
         report = bridge.step_reporter(cls.hidden.unique_id, conditioning.clips, steps)
-        for clip in pipeline.generate(conditioning, sampling, report):
+        for clip in pipeline.generate(conditioning, sampling, report, usable):
             store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
+        if usable:
+            bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
+        elif routing != ExpertRouting():
+            bridge.say(cls.hidden.unique_id, describe_experts(config))
         return io.NodeOutput(store.stored, {"samples": clip.latents.cpu()})

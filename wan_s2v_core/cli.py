@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
-    from .config import SamplingConfig, VideoConfig
+    from .config import ExpertRouting, SamplingConfig, VideoConfig
     from .render import RenderRequest
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
-    from .config import SamplingConfig, VideoConfig
+    from .config import ExpertRouting, SamplingConfig, VideoConfig
     from .render import RenderRequest
 
     for flag, needs in NOT_YET.items():
@@ -78,6 +78,7 @@ def run_generate(options: argparse.Namespace) -> int:
         offload=options.offload_model,
         text_on_cpu=options.t5_cpu,
         keep_clips=options.keep_clips,
+        split_experts=options.split_experts,
         **({} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}),
     )
     video = VideoConfig(
@@ -101,7 +102,14 @@ def run_generate(options: argparse.Namespace) -> int:
         seed=options.base_seed if options.base_seed >= 0 else random.SystemRandom().randrange(2**31),
         noise=options.noise,
     )
-    return make_video(request, video, sampling, options.json)
+    routing = ExpertRouting(
+        top_k=options.moe_top_k,
+        expert_capacity=options.moe_expert_capacity,
+        overflow=options.moe_overflow,
+        gate_dropout=options.moe_gate_dropout,
+        gate_dropout_seed=sampling.seed if options.moe_gate_dropout else None,
+    )
+    return make_video(request, video, sampling, options.json, routing)
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -122,11 +130,17 @@ def run_demo(options: argparse.Namespace) -> int:
     return make_video(request, video, SamplingConfig(steps=4), options.json)
 
 
-def make_video(request: "RenderRequest", video: "VideoConfig", sampling: "SamplingConfig", as_json: bool) -> int:
+def make_video(
+    request: "RenderRequest",
+    video: "VideoConfig",
+    sampling: "SamplingConfig",
+    as_json: bool,
+    routing: "ExpertRouting | None" = None,
+) -> int:
     from .render import clips_folder, render
 
     try:
-        report = render(request, video, sampling, None if as_json else show_step)
+        report = render(request, video, sampling, None if as_json else show_step, routing)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
         print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
@@ -166,8 +180,6 @@ NOT_YET = {
     "dit_fsdp": "the multi-GPU runner",
     "t5_fsdp": "the multi-GPU runner",
     "ulysses_size": "the multi-GPU runner",
-    "moe_expert_capacity": "the routed experts",
-    "moe_gate_dropout": "the routed experts",
     "enable_tts": NO_SPEECH_SYNTHESIS,
     "tts_prompt_audio": NO_SPEECH_SYNTHESIS,
     "tts_prompt_text": NO_SPEECH_SYNTHESIS,
@@ -222,10 +234,21 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
-    for flag in ("ulysses_size", "moe_expert_capacity", "moe_gate_dropout"):
-        add(f"--{flag}", type=float, default=0, help=argparse.SUPPRESS)
+    add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)
+    add_experts(make)
     for flag in ("tts_prompt_audio", "tts_prompt_text", "tts_text"):
         add(f"--{flag}", help=argparse.SUPPRESS)
+
+
+def add_experts(make: argparse.ArgumentParser) -> None:
+    """What models with experts take; a dense one says that they do nothing there."""
+    experts = make.add_argument_group("experts", "for checkpoints with experts, and for dense ones that are split")
+    add = experts.add_argument
+    add("--split_experts", type=int, default=0, help="split each feed-forward of a dense model into so many experts")
+    add("--moe_top_k", type=int, help="experts that a token sees; as the checkpoint says by default")
+    add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once; all by default")
+    add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
+    add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
 
 
 def make_parser() -> argparse.ArgumentParser:

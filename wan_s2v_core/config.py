@@ -40,6 +40,9 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
 
 
+GATE_RANGES = ("chosen", "all")
+OVERFLOWS = ("spill", "drop")
+
 UNUSED = -1
 """In `injected_blocks`: an injector that is in the checkpoint but serves no block."""
 
@@ -50,6 +53,9 @@ class S2VModelConfig(JsonConfig):
 
     `injected_blocks[i]` is the block after which injector `i` adds the voice, or UNUSED. `packs_motion` chooses
     between the packed motion tokens of the released model and plain ones, one token per patch of every motion frame.
+    `num_experts` = 0 is a dense model. Otherwise every feed-forward is that many experts, each `feed_forward_width`
+    wide, of which a token sees `top_k`; the gate's softmax runs over the chosen experts or over all of them (which
+    a gate needs to learn with `top_k` = 1: a softmax over one is always 1).
     """
 
     width: int = 5120
@@ -69,8 +75,14 @@ class S2VModelConfig(JsonConfig):
     packs_motion: bool = True
     zero_timestep: bool = True
     eps: float = 1e-6
+    num_experts: int = 0
+    top_k: int = 1
+    gate_over: str = "chosen"
 
     def __post_init__(self):
+        check_choice("gate_over", self.gate_over, GATE_RANGES)
+        if self.num_experts:
+            check_top_k(self.top_k, self.num_experts)
         if self.heads < 1 or self.width % self.heads or (self.width // self.heads) % 2:
             raise ConfigError(
                 f"width={self.width} with heads={self.heads} gives no even head size. "
@@ -90,6 +102,49 @@ class S2VModelConfig(JsonConfig):
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+
+def check_top_k(top_k: int, num_experts: int, shared: int = 0) -> None:
+    """Raises ConfigError if a token cannot see that many of the experts; `shared` of them it always sees."""
+    if not shared < top_k <= num_experts:
+        always = f", {shared} of which every token sees" if shared else ""
+        raise ConfigError(
+            f"top_k={top_k} with {num_experts} experts{always}. Use {shared + 1} to {num_experts}; "
+            f"{num_experts} is all of them."
+        )
+
+
+@dataclass(frozen=True)
+class ExpertRouting(JsonConfig):
+    """How the tokens of a run are shared out among the experts of a feed-forward.
+
+    `overflow` says what happens to the tokens of an expert beyond `expert_capacity`. spill: they follow in further
+    rounds, so the result stays what it is and capacity bounds memory. drop: in token order, they skip that expert;
+    faster and lossy. Capacity counts the tokens at hand: per rank when a sequence is split.
+    """
+
+    top_k: int | None = None
+    """Experts that a token sees; None for what the checkpoint says."""
+    expert_capacity: int | None = None
+    """Tokens that an expert takes at once; None for all."""
+    overflow: str = "spill"
+    gate_dropout: float = 0.0
+    """Probability that an expert is hidden from a token's choice while training. The best one never is."""
+    gate_dropout_seed: int | None = None
+    """A seed drops in inference too, the same choices in every step; this lowers fidelity. None drops nothing."""
+
+    def __post_init__(self):
+        check_choice("overflow", self.overflow, OVERFLOWS)
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k}: a token sees at least one expert. Leave it out for all it may see.")
+        if self.expert_capacity is not None and self.expert_capacity < 1:
+            raise ConfigError(
+                f"expert_capacity={self.expert_capacity}: it must be 1 or more. Leave it out for no limit."
+            )
+        if self.overflow == "drop" and self.expert_capacity is None:
+            raise ConfigError("overflow='drop' without expert_capacity drops nothing. Give a capacity, or use spill.")
+        if not 0 <= self.gate_dropout < 1:
+            raise ConfigError(f"gate_dropout={self.gate_dropout} is outside 0 to 1. Use such as 0.1, or 0 for none.")
 
 
 SOLVERS = ("unipc", "dpm++", "euler")

@@ -74,6 +74,8 @@ class Loading(Protocol):
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
 
+    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None: ...
+
 
 class CheckpointNetworks:
     """Networks from files, each loaded when it is first needed.
@@ -100,7 +102,9 @@ class CheckpointNetworks:
         home = torch.device("cpu") if self.offload else device
         if kind not in self.loaded:
             loading = self.loading
-            self.loaded[kind] = load(self.paths[kind], kind, loading.dtype(kind), home, loading.prepare(kind))
+            network = load(self.paths[kind], kind, loading.dtype(kind), home, loading.prepare(kind))
+            loading.finish(kind, network, self.paths[kind])
+            self.loaded[kind] = network
         if self.offload and kind not in self.homes:
             self.homes[kind] = Home(self.loaded[kind])
         try:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .acceleration.experts.router import set_routing, take_load
 from .conditioning.audio import FEATURE_HZ, resample_features
 from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.pose import pose_pixels
-from .config import S2VModelConfig, SamplingConfig
+from .config import ExpertRouting, S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, OutOfMemory
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
@@ -20,6 +21,7 @@ from .memory import Networks, forward_bytes, vae_bytes, voice_bytes
 from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
+from .model.experts import ExpertLoad
 from .model.loading import find_part
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
@@ -133,6 +135,8 @@ class S2VPipeline:
 
     def __init__(self, networks: Networks, check: Callable[[], None] | None = None):
         self.networks, self.check = networks, check or (lambda: None)
+        self.expert_load = ExpertLoad()
+        """What the experts of the last generated video had to do; empty for a dense model."""
 
     @property
     def device(self) -> torch.device:
@@ -182,12 +186,15 @@ class S2VPipeline:
         conditioning: S2VConditioning,
         config: SamplingConfig,
         on_step: Callable[[int, int, Tensor], None] | None = None,
+        routing: ExpertRouting | None = None,
     ) -> Iterator[Clip]:
         """Yield clip after clip, each as soon as it is decoded; frames past the end of the plan are cut.
 
         Args:
             on_step: called with clip, step (from 1) and the clean latents it predicts; may raise to stop.
+            routing: how experts are used; None for a model without.
         """
+        self.expert_load = ExpertLoad()
         job, device = conditioning, self.device
         height, width = (side // PIXELS_PER_LATENT for side in job.size_px)
         text, negative_text = job.text.to(device), job.negative_text.to(device)
@@ -201,7 +208,11 @@ class S2VPipeline:
                     on_step(task.index, step, clean)
 
             with self.network(DIT, forward_bytes(tokens)) as model:
-                return sample_clip(model, inputs, negative_text, task.noise, config, tell)
+                set_routing(model, routing or ExpertRouting())
+                take_load(model)
+                latents = sample_clip(model, inputs, negative_text, task.noise, config, tell)
+                self.expert_load += take_load(model)
+                return latents
 
         shapes = ((1, LATENT_CHANNELS, frames // FRAMES_PER_LATENT, height, width) for frames in job.plan.clip_frames)
         noises = (clip_noise(shape, config.seed, index, device, config.noise) for index, shape in enumerate(shapes))

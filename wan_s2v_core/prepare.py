@@ -1,16 +1,23 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .acceleration.convolution import flatten_convolutions
+from .acceleration.experts.grouped import group_products
+from .acceleration.experts.router import check_routing, describe_experts
+from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
 from .acceleration.quantization import swap_linears
-from .config import check_choice
+from .config import ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, TEXT_ENCODER, VAE
+
+log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -33,18 +40,20 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How the networks of a run are loaded: types, and what is changed before there are weights."""
+    """How the networks of a run are loaded: types, and what is changed before and after there are weights."""
 
     precision: Precision
     device: torch.device
     """Where they compute."""
+    split_experts: int = 0
+    """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
 
     def dtype(self, kind: str) -> torch.dtype:
         """VAE and audio encoder stay in full precision, as in the reference."""
         return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]:
-        """To be called on the network of that kind."""
+        """To be called on the network of that kind before it has weights."""
         return partial(self._prepare, kind)
 
     def _prepare(self, kind: str, network: nn.Module) -> None:
@@ -53,8 +62,30 @@ class LoadPlan:
         if kind == VAE and self.device.type == "cpu":
             flatten_convolutions(network)
 
+    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None:
+        """Change the network of that kind, loaded from `path`, where that needs its weights."""
+        if kind == DIT and self.split_experts:
+            split_into_experts(network, Path(path), self.split_experts, self.device)
+        if kind == DIT:
+            group_products(network)
 
-def plan_loading(precision: str, device: torch.device) -> LoadPlan:
+
+def split_into_experts(model: nn.Module, checkpoint: Path, experts: int, device: torch.device) -> None:
+    """Split the dense feed-forwards of a model as the file beside its checkpoint says, which is made if missing."""
+    file = split_path(checkpoint, experts)
+    if file.exists():
+        apply_split(model, load_split(file))
+        return
+    log.warning("%s is not there: neurons are grouped now, without calibration", file)
+    split = plan_split(model, experts, device=device)
+    try:
+        save_split(split, file)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): it will be made again next time", file, error.strerror)
+    apply_split(model, split)
+
+
+def plan_loading(precision: str, device: torch.device, split_experts: int = 0) -> LoadPlan:
     """The plan for a precision of that name; auto is bfloat16, and float32 on a CPU.
 
     Raises:
@@ -63,4 +94,18 @@ def plan_loading(precision: str, device: torch.device) -> LoadPlan:
     check_choice("precision", precision, (AUTO, *PRECISIONS))
     if precision == AUTO:
         precision = "float32" if device.type == "cpu" else "bfloat16"
-    return LoadPlan(PRECISIONS[precision], device)
+    return LoadPlan(PRECISIONS[precision], device, split_experts)
+
+
+def choose_routing(config: S2VModelConfig, routing: ExpertRouting, split_experts: int) -> ExpertRouting | None:
+    """The routing for a model of that config; None for a dense one, which is told if there are settings.
+
+    Raises:
+        ConfigError: if the settings do not fit the experts.
+    """
+    if config.num_experts or split_experts:
+        check_routing(config, routing, split_experts)
+        return routing
+    if routing != ExpertRouting():
+        log.warning(describe_experts(config))
+    return None

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from .conditioning.bundle import make_conditioning
 from .conditioning.image import read_picture, to_frames
-from .config import DEFAULT_NEGATIVE_PROMPT, JsonConfig, SamplingConfig, VideoConfig
+from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
 from .errors import CheckpointError
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, StoredClips
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .memory import CheckpointNetworks
-from .model.checkpoint import PART_LABELS
+from .model.checkpoint import DIT, PART_LABELS
+from .model.loading import find_part
 from .pipeline import S2VPipeline, check_parts, usable_device
-from .prepare import AUTO, plan_loading
+from .prepare import AUTO, choose_routing, plan_loading
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,11 @@ class RenderRequest(JsonConfig):
     offload: bool = True
     text_on_cpu: bool = False
     keep_clips: bool = False
+    split_experts: int = 0
+    """Into so many experts the feed-forwards of a dense model are split."""
 
     def __post_init__(self):
-        plan_loading(self.precision, usable_device(self.device))
+        plan_loading(self.precision, usable_device(self.device), self.split_experts)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def render(
     video: VideoConfig,
     sampling: SamplingConfig,
     on_step: Callable[[int, int, int], None] | None = None,
+    routing: ExpertRouting | None = None,
 ) -> RenderReport:
     """Make the video.
 
@@ -81,16 +85,24 @@ def render(
 
     Args:
         on_step: called with clip, number of clips and step (clip and step from 1) after each step; may raise to stop.
+        routing: how experts are used; a dense model has none and says so.
     """
     began, target = time.monotonic(), Path(request.save_file)
     check_target(target, preset_of(target))
-    settings = {"request": request.to_dict(), "video": video.to_dict(), "sampling": sampling.to_dict()}
+    routing = routing or ExpertRouting()
+    settings = {
+        "request": request.to_dict(),
+        "video": video.to_dict(),
+        "sampling": sampling.to_dict(),
+        "routing": routing.to_dict(),
+    }
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
     store = ClipStore(clips_folder(target), video.fps, recording, settings)
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
     pipeline = S2VPipeline(networks_of(request))
+    usable = choose_routing(find_part(request.checkpoint, DIT).config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
     conditioning = make_conditioning(picture, voice, text, negative_text, video, pose)
@@ -101,11 +113,13 @@ def render(
         if on_step:
             on_step(clip + 1, conditioning.clips, step)
 
-    for clip in pipeline.generate(conditioning, sampling, tell):
+    for clip in pipeline.generate(conditioning, sampling, tell, usable):
         store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
     write_video(target, store.stored, {"comment": json.dumps(settings, ensure_ascii=False)})
     if not request.keep_clips:
         store.stored.remove()
+    if usable:
+        log.warning("experts, share of the tokens:\n%s", pipeline.expert_load)
     seconds = time.monotonic() - began
     frames, clips = store.stored.frames, conditioning.clips
     return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
@@ -122,7 +136,7 @@ def networks_of(request: RenderRequest) -> CheckpointNetworks:
         raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
     paths = dict.fromkeys(PART_LABELS, folder)
     check_parts(paths)
-    loading = plan_loading(request.precision, usable_device(request.device))
+    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts)
     return CheckpointNetworks(paths, loading, request.offload, "cpu" if request.text_on_cpu else None)
 
 

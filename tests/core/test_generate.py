@@ -183,7 +183,6 @@ BAD = {
     "checkpoint is a file": ({"ckpt_dir": "face.png"}, "is no folder"),
     "several cards": ({"ulysses_size": 4}, "--ulysses_size is not included"),
     "sharding": ({"dit_fsdp": True}, "multi-GPU runner"),
-    "experts": ({"moe_expert_capacity": 256}, "routed experts"),
     "speech synthesis": ({"enable_tts": True}, "--enable_tts"),
     "text to speak": ({"tts_text": "hello"}, "bring the voice as a file"),
     "prompt extension": ({"use_prompt_extend": True}, "write the longer prompt yourself"),

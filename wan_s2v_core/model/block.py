@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..config import S2VModelConfig
 from ..seams import BlockContext
 from .attention import CrossAttention, SelfAttention
+from .experts import Gate, RoutedFeedForward
 from .rope import rotate
 
 
@@ -42,7 +43,7 @@ def norm_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Two products with a tanh-GELU between them. The seam for routed experts and sliced activations."""
+    """Two products with a tanh-GELU between them."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -52,8 +53,19 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+def make_feed_forward(config: S2VModelConfig) -> FeedForward | RoutedFeedForward:
+    """A block's feed-forward: one, or experts of which a gate chooses some for each token."""
+    if not config.num_experts:
+        return FeedForward(config.width, config.feed_forward_width)
+    experts = [FeedForward(config.width, config.feed_forward_width) for _ in range(config.num_experts)]
+    return RoutedFeedForward(experts, Gate(config.width, config.num_experts), config.top_k, config.gate_over)
+
+
 class Block(nn.Module):
-    """One block of the DiT. Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.0)."""
+    """One block of the DiT. `feed_forward` is the seam for routed experts and sliced activations.
+
+    Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.0). Differs: a feed-forward may have experts.
+    """
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
@@ -61,7 +73,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config.width, config.heads, config.eps)
         self.cross_norm = nn.LayerNorm(config.width, eps=config.eps)
         self.cross_attention = CrossAttention(config.width, config.heads, config.eps)
-        self.feed_forward = FeedForward(config.width, config.feed_forward_width)
+        self.feed_forward = make_feed_forward(config)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.width) / config.width**0.5)
         self.pointwise = Pointwise()
 

@@ -66,8 +66,9 @@ DIT_RULES: Rules = (  # ours -> official
     (r"^(blocks\.\d+)\.attention\.", r"\1.self_attn."),
     (r"^(blocks\.\d+)\.cross_attention\.", r"\1.cross_attn."),
     (r"^(blocks\.\d+)\.cross_norm\.", r"\1.norm3."),
-    (r"^(blocks\.\d+)\.feed_forward\.up\.", r"\1.ffn.0."),
-    (r"^(blocks\.\d+)\.feed_forward\.down\.", r"\1.ffn.2."),
+    (r"^(blocks\.\d+)\.feed_forward\.gate\.", r"\1.ffn.gate."),
+    (r"^(blocks\.\d+)\.feed_forward\.(experts\.\d+\.|)up\.", r"\1.ffn.\g<2>0."),
+    (r"^(blocks\.\d+)\.feed_forward\.(experts\.\d+\.|)down\.", r"\1.ffn.\g<2>2."),
     (r"^((?:blocks|audio_injector)\..*)\.out\.", r"\1.o."),
     (r"^head\.out\.", "head.head."),
 )
@@ -89,6 +90,8 @@ DIT_SETTINGS = {  # ours -> official config.json
     "zero_timestep": "zero_timestep",
     "eps": "eps",
 }
+EXPERT_SETTINGS = {"num_experts": "num_experts", "top_k": "top_k", "gate_over": "gate_over"}
+"""More of them, in the config.json of a native MoE-DiT only. No released checkpoint is one; the spelling is ours."""
 FIXED_SETTINGS = {  # what other values in an official config.json would change is not built
     "add_last_motion": True,
     "enable_motioner": False,
@@ -101,6 +104,9 @@ FIXED_SETTINGS = {  # what other values in an official config.json would change 
     "cross_attn_norm": True,
     "window_size": (-1, -1),
 }
+
+
+ADD_TOP_K = "Add how many experts a token sees, as it was trained."
 
 
 def dit_name(ours: str) -> str:
@@ -145,11 +151,14 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
             raise CheckpointError(
                 f"config.json sets {name}={value}; only {needed} is supported. Use the released config.json."
             )
-    values = {ours: official[theirs] for ours, theirs in DIT_SETTINGS.items() if theirs in official}
+    settings = DIT_SETTINGS | EXPERT_SETTINGS
+    values = {ours: official[theirs] for ours, theirs in settings.items() if theirs in official}
     released = S2VModelConfig()
     for ours, value in values.items():
         kind = type(getattr(released, ours))
-        check_kind(DIT_SETTINGS[ours], value, list if kind is tuple else kind)
+        check_kind(settings[ours], value, list if kind is tuple else kind)
+    if values.get("num_experts") and "top_k" not in values:
+        raise CheckpointError(f"config.json has num_experts={values['num_experts']} but no top_k. {ADD_TOP_K}")
     layers = values.get("injected_blocks", S2VModelConfig.injected_blocks)
     values["injected_blocks"] = injector_places(layers, values.get("blocks", S2VModelConfig.blocks))
     if official.get("out_dim", values.get("latent_channels", 16)) != values.get("latent_channels", 16):
@@ -174,7 +183,8 @@ def injector_places(layers: Iterable[int], blocks: int) -> tuple[int, ...]:
 
 def official_dit_config(config: S2VModelConfig) -> dict[str, Any]:
     """Our config as an official config.json says it."""
-    values = {theirs: getattr(config, ours) for ours, theirs in DIT_SETTINGS.items()}
+    settings = DIT_SETTINGS | (EXPERT_SETTINGS if config.num_experts else {})
+    values = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
     values["audio_inject_layers"] = [block for block in config.injected_blocks if block != UNUSED]
     fixed = {name: value for name, value in FIXED_SETTINGS.items() if not isinstance(value, tuple)}
     return fixed | values | {"_class_name": "WanModel_S2V", "model_type": "s2v", "out_dim": config.latent_channels}
@@ -189,6 +199,11 @@ def infer_dit_config(shape: Shape) -> S2VModelConfig:
         CheckpointError: if that cannot be.
     """
     released = S2VModelConfig()
+    if experts := count_layers(shape, "stack.blocks.0.feed_forward.experts.{}.up.weight"):
+        raise CheckpointError(
+            f"this S2V file has {experts} experts in a feed-forward and no config, and tensors do not show top_k. "
+            "Use the folder with its config.json, or put the config into the file's metadata."
+        )
     audio_tokens_width, audio_width, _ = shape("audio_encoder.local_in.weight")
     hidden, width = shape("stack.blocks.0.feed_forward.up.weight")
     blocks = count_layers(shape, "stack.blocks.{}.modulation")

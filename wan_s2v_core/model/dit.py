@@ -129,7 +129,7 @@ class S2VTransformer(nn.Module):
         self.stack = BlockStack(config)
         self.head = Head(config)
 
-    FULL_PRECISION = ("segment_embedding", "time_", "audio_encoder", "head.", "modulation", "cross_norm")
+    FULL_PRECISION = ("segment_embedding", "time_", "audio_encoder", "head.", "modulation", "cross_norm", ".gate.")
     """Parameters that stay float32, as the reference computes them; injector modulations are products and do not."""
 
     @classmethod

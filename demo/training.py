@@ -1,0 +1,113 @@
+"""What both trainers need: an end in time, a learning rate that knows it, averaged weights, records and pictures."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class TimeBox:
+    """Training ends after `minutes`, or when someone asks the process to end (SIGTERM, SIGINT)."""
+
+    def __init__(self, minutes: float):
+        self.began, self.seconds, self.stopped = time.monotonic(), 60 * minutes, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_) -> None:
+        self.stopped = True
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def share(self) -> float:
+        """0 at the beginning, 1 at the end."""
+        return min(1.0, self.elapsed / self.seconds)
+
+    @property
+    def is_over(self) -> bool:
+        return self.stopped or self.elapsed >= self.seconds
+
+
+def learning_rate(highest: float, share: float, step: int, warm_up_steps: int, lowest: float = 0.02) -> float:
+    """A linear warm-up by steps, then half a cosine over the time that there is, down to `lowest` of the highest."""
+    cosine = lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * share))
+    return highest * cosine * min(1.0, (step + 1) / warm_up_steps)
+
+
+class AveragedWeights:
+    """An exponential moving average of a network's parameters, in float32; its memory grows with the steps made."""
+
+    def __init__(self, network: nn.Module, decay: float = 0.999):
+        self.decay, self.steps = decay, 0
+        self.names = [name for name, _ in network.named_parameters()]
+        self.values = [value.detach().clone().float() for value in network.parameters()]
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.values, [value.detach() for value in network.parameters()], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+
+def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Whole or not at all, so that a run that is killed leaves the last complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, part, metadata)
+    part.replace(path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def save_log(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 values that bfloat16 holds too: what is packed later is exactly what was trained with and measured."""
+    return {name: value.bfloat16().float() for name, value in weights.items()}
+
+
+def to_video(pixels: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
+    """T H W 3 uint8 -> 1 3 T H W in [-1, 1] on a device; it travels as bytes."""
+    frames = torch.as_tensor(np.ascontiguousarray(pixels) if isinstance(pixels, np.ndarray) else pixels)
+    return (frames.to(device).movedim(-1, 0).float() / 127.5 - 1)[None]
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """3 T H W in [-1, 1] -> T H W 3 uint8."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu()
+
+
+def contact_sheet(rows: Iterable[Iterable[np.ndarray]], path: Path) -> None:
+    """Rows of pictures H W 3 uint8 of one size, as one PNG."""
+    Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(path)
+
+
+def spread(count: int, number: int) -> list[int]:
+    """`number` indices evenly over `count`, both ends among them."""
+    return np.linspace(0, count - 1, number).round().astype(int).tolist()
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """... 4 (left, top, right, bottom) -> ... height width: 1 inside of the box, 0 outside."""
+    rows = torch.arange(height, device=boxes.device)[:, None]
+    columns = torch.arange(width, device=boxes.device)
+    left, top, right, bottom = (boxes[..., i, None, None] for i in range(4))
+    return ((rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)).float()

@@ -1,0 +1,601 @@
+"""Experts: routing is exact where it says so, drops exactly what it says, and splits of dense layers lose nothing."""
+
+import copy
+import json
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from wan_s2v_core.acceleration.experts import grouped
+from wan_s2v_core.acceleration.experts.grouped import (
+    apply_grouped,
+    are_plain,
+    group_products,
+    multiply_grouped,
+    multiply_padded,
+)
+from wan_s2v_core.acceleration.experts.noise import expert_at, noise_experts
+from wan_s2v_core.acceleration.experts.router import (
+    check_routing,
+    describe_experts,
+    gate_losses,
+    routed_layers,
+    set_routing,
+    take_load,
+)
+from wan_s2v_core.acceleration.experts.split import (
+    apply_split,
+    assign_balanced,
+    load_split,
+    plan_split,
+    recorded_tokens,
+    save_split,
+    split_experts,
+    split_feed_forward,
+    split_layer,
+    split_path,
+)
+from wan_s2v_core.acceleration.quantization import Float8Linear, swap_linears
+from wan_s2v_core.config import ExpertRouting, S2VModelConfig, SamplingConfig
+from wan_s2v_core.errors import CheckpointError, ConfigError
+from wan_s2v_core.model import checkpoint as names
+from wan_s2v_core.model.block import FeedForward
+from wan_s2v_core.model.dit import S2VTransformer
+from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward
+from wan_s2v_core.model.loading import find_part, load_transformer
+from wan_s2v_core.sampling.denoise import denoise
+
+MOE = replace(TINY, num_experts=4, top_k=2)
+WIDTH, HIDDEN = 16, 24
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def make_layer(seed: int, experts=4, top_k=2, gate_over="chosen", routing=None) -> RoutedFeedForward:
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        parts = [FeedForward(WIDTH, HIDDEN) for _ in range(experts)]
+        layer = RoutedFeedForward(parts, Gate(WIDTH, experts), top_k, gate_over).eval()
+        layer.gate.weight.mul_(4)
+    layer.routing = routing or ExpertRouting()
+    return layer
+
+
+def by_definition(layer: RoutedFeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The formula, token by token."""
+    out = torch.zeros_like(x)
+    for index, token in enumerate(x):
+        logits = layer.gate.weight @ token
+        chosen = logits.argsort(descending=True)[: layer.routing.top_k or layer.top_k]
+        among = logits[chosen] if layer.gate_over == "chosen" else logits
+        for expert in chosen.tolist():
+            out[index] += (logits[expert] - among.logsumexp(0)).exp() * layer.experts[expert](token)
+    return out
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**31),
+        "tokens": st.integers(1, 40),
+        "experts": st.integers(1, 6),
+        "capacity": st.integers(1, 45),
+        "gate_over": st.sampled_from(("chosen", "all")),
+        "fraction": st.floats(0, 1),
+    }
+)
+
+
+def sized(case, **routing) -> tuple[RoutedFeedForward, torch.Tensor]:
+    """A layer and tokens of a drawn size."""
+    top_k = 1 + round(case["fraction"] * (case["experts"] - 1))
+    layer = make_layer(case["seed"], case["experts"], top_k, case["gate_over"], ExpertRouting(**routing))
+    return layer, torch.randn(case["tokens"], WIDTH)
+
+
+# --- routing -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(case=sizes)
+def test_a_layer_is_the_weighted_sum_of_the_chosen(case):
+    layer, x = sized(case)
+    torch.testing.assert_close(layer(x[None])[0], by_definition(layer, x), **CLOSE)
+
+
+@settings(deadline=None)
+@given(case=sizes)
+def test_spilling_changes_nothing_at_any_capacity(case):
+    layer, x = sized(case)
+    expected, free = layer(x), layer.load
+    layer.routing, layer.load = ExpertRouting(expert_capacity=case["capacity"]), ExpertLoad()
+    largest = []
+
+    def watched(tokens, experts, rounds):
+        largest.extend(len(share.tokens) for one in rounds for share in one)
+        return plain(tokens, experts, rounds)
+
+    plain, layer.apply_experts = layer.apply_experts, watched
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+    assert max(largest) <= case["capacity"], "no expert takes more at once"
+    assert layer.load.chosen == free.chosen and not any(layer.load.dropped)
+    assert layer.load.overflow == tuple(max(0, count - case["capacity"]) for count in free.chosen)
+
+
+@settings(deadline=None)
+@given(case=sizes)
+def test_dropping_skips_the_overflow_in_token_order(case):
+    """Dropped tokens lose that expert's part; the weights of their other experts stay."""
+    layer, x = sized(case, expert_capacity=case["capacity"], overflow="drop")
+    taken, weights = layer.choose(layer.gate(x))
+    kept = taken & (taken.cumsum(dim=0) <= case["capacity"])
+    results = torch.stack([expert(x) for expert in layer.experts], dim=1)
+    torch.testing.assert_close(layer(x), (results * (weights * kept)[..., None]).sum(dim=1), **CLOSE)
+    assert layer.load.dropped == tuple((taken & ~kept).sum(dim=0).tolist()) == layer.load.overflow
+
+
+@settings(deadline=None)
+@given(case=sizes, forwards=st.integers(1, 3))
+def test_load_adds_up(case, forwards):
+    layer, x = sized(case, expert_capacity=case["capacity"])
+    for _ in range(forwards):
+        layer(x)
+    assert layer.load.tokens == forwards * len(x)
+    assert sum(layer.load.chosen) == forwards * len(x) * layer.top_k
+    assert ExpertLoad.from_dict(json.loads(json.dumps(layer.load.to_dict()))) == layer.load
+    assert len(str(layer.load).splitlines()) == 1 + case["experts"]
+
+
+def test_load_is_a_table_of_shares():
+    load = ExpertLoad(100, (100, 50), (20, 0), (20, 0)) + ExpertLoad(100, (100, 0), (0, 0), (0, 0)) + ExpertLoad()
+    assert [line.split() for line in str(load).splitlines()] == [
+        ["expert", "tokens", "overflow", "dropped"],
+        ["0", "100.0%", "10.0%", "10.0%"],
+        ["1", "25.0%", "0.0%", "0.0%"],
+    ]
+    assert "no tokens" in str(ExpertLoad())
+
+
+@settings(deadline=None)
+@given(case=sizes, seed=st.integers(0, 2**31))
+def test_gate_dropout_in_inference_needs_a_seed_and_repeats_with_it(case, seed):
+    layer, x = sized(case)
+    expected = layer(x)
+    for routing in (ExpertRouting(gate_dropout=0.9), ExpertRouting(gate_dropout=0.0, gate_dropout_seed=seed)):
+        layer.routing = routing
+        assert torch.equal(layer(x), expected)
+    layer.routing = ExpertRouting(gate_dropout=0.5, gate_dropout_seed=seed)
+    torch.randn(3)  # what else is drawn does not matter
+    assert torch.equal(layer(x), layer(x))
+    taken, weights = layer.choose(layer.gate(x))
+    best = layer.gate(x).argmax(dim=1, keepdim=True)
+    assert taken.gather(1, best).all(), "a token keeps its best expert"
+    assert (taken.sum(dim=1) <= layer.top_k).all()
+    if case["gate_over"] == "chosen":
+        torch.testing.assert_close((weights * taken).sum(dim=1), torch.ones(len(x)))
+
+
+def test_gate_dropout_hides_as_many_as_it_says():
+    layer = make_layer(0, experts=8, top_k=8, routing=ExpertRouting(gate_dropout=0.3, gate_dropout_seed=5))
+    x = torch.randn(4000, WIDTH)
+    taken, _ = layer.choose(layer.gate(x))
+    assert abs(taken.float().mean() - (1 + 7 * 0.7) / 8) < 0.01
+    layer.routing = replace(layer.routing, gate_dropout_seed=6)
+    assert not torch.equal(layer.choose(layer.gate(x))[0], taken)
+
+
+def test_gate_dropout_in_training_is_new_every_time():
+    layer = make_layer(0, experts=8, top_k=4, routing=ExpertRouting(gate_dropout=0.3)).train()
+    x = torch.randn(50, WIDTH)
+    assert not torch.equal(layer(x), layer(x))
+
+
+# --- grouped products --------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(case=sizes, drop=st.booleans(), large=st.sampled_from((3, grouped.LARGE_SHARE)))
+def test_padded_products_equal_the_loop(case, drop, large):
+    """Also with some rounds one by one, because an expert has a large share of them."""
+    layer, x = sized(case, expert_capacity=case["capacity"], overflow="drop" if drop else "spill")
+    expected = layer(x)
+    layer.apply_experts = lambda *arguments: apply_grouped(*arguments, multiply=multiply_padded)
+    with mock.patch.object(grouped, "LARGE_SHARE", large):
+        torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has no grouped product")
+@pytest.mark.parametrize("capacity", [None, 7])
+def test_grouped_kernel_equals_the_loop(capacity, fresh_seed):
+    """torch multiplies groups on a CPU too, slowly; one expert gets no tokens."""
+    layer = make_layer(fresh_seed, top_k=2, routing=ExpertRouting(expert_capacity=capacity)).bfloat16()
+    layer.gate.weight[1] = -100 * layer.gate.weight.sum(dim=0).sign()
+    x = torch.randn(33, WIDTH).bfloat16()
+    exact = copy.deepcopy(layer).float()(x.float())
+    try:
+        multiply_grouped(x, torch.zeros(1, 8, WIDTH).bfloat16(), [33])
+    except RuntimeError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    plain = layer(x).float()
+    layer.apply_experts = lambda *arguments: apply_grouped(*arguments, multiply=multiply_grouped)
+    together = layer(x).float()
+    assert (together - exact).norm() < 1.5 * (plain - exact).norm() + 1e-6
+
+
+def test_experts_that_are_not_plain_run_one_by_one(fresh_seed):
+    layer = make_layer(fresh_seed)
+    x = torch.randn(9, WIDTH)
+    layer.experts[1].up = Float8Linear(layer.experts[1].up)
+    assert not are_plain(layer.experts)
+    assert torch.equal(apply_grouped(x, layer.experts, list(layer.rounds(*layer.choose(layer.gate(x))))), layer(x))
+    hooked = make_layer(fresh_seed)
+    hooked.experts[0].down.register_forward_hook(lambda module, inputs, out: 2 * out)
+    assert not are_plain(hooked.experts) and are_plain(make_layer(fresh_seed).experts)
+
+
+# --- splitting a dense layer -------------------------------------------------------------------------------------
+
+
+def dense_layer(seed: int, neurons: int) -> tuple[FeedForward, torch.Tensor]:
+    torch.manual_seed(seed)
+    return FeedForward(WIDTH, neurons).requires_grad_(False).eval(), torch.randn(60, WIDTH)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    experts=st.integers(2, 6),
+    size=st.integers(1, 8),
+    shared=st.integers(0, 5),
+    capacity=st.none() | st.integers(1, 70),
+    calibrated=st.booleans(),
+)
+def test_all_experts_of_a_split_are_the_dense_layer(seed, experts, size, shared, capacity, calibrated):
+    shared = min(shared, experts - 1)
+    dense, x = dense_layer(seed, experts * size)
+    split = split_layer(dense, experts, shared, x if calibrated else None)
+    assert torch.equal(split.groups.flatten().sort().values, torch.arange(experts * size)), "each neuron once"
+    layer = split_feed_forward(dense, split, shared)
+    layer.routing = ExpertRouting(expert_capacity=capacity)
+    torch.testing.assert_close(layer(x), dense(x), **CLOSE)
+    assert layer.load.chosen == (len(x),) * experts
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), shared=st.integers(0, 2), top_k=st.integers(1, 6))
+def test_fewer_experts_leave_out_what_the_gate_ranks_last(seed, shared, top_k):
+    dense, x = dense_layer(seed, 24)
+    layer = split_feed_forward(dense, split_layer(dense, 6, shared, x), shared)
+    top_k = max(top_k, shared + 1)
+    layer.routing = ExpertRouting(top_k=top_k)
+    ranks = layer.gate(x).argsort(dim=1, descending=True)
+    expected = dense.down.bias.expand(len(x), -1).clone()
+    for index, token in enumerate(x):
+        for expert in [*range(shared), *(ranks[index, : top_k - shared] + shared).tolist()]:
+            expected[index] += layer.experts[expert](token)
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+def test_shared_experts_drop_nothing():
+    dense, x = dense_layer(3, 24)
+    layer = split_feed_forward(dense, split_layer(dense, 6, 2, x), 2)
+    layer.routing = ExpertRouting(expert_capacity=7, overflow="drop")
+    layer(x)
+    assert layer.load.dropped == (0, 0, 53, 53, 53, 53) and layer.load.overflow == (53,) * 6
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), columns=st.integers(1, 6), size=st.integers(1, 9))
+def test_balanced_assignment_is_balanced_and_stable(seed, columns, size):
+    likeness = torch.rand(columns * size, columns, generator=torch.Generator().manual_seed(seed))
+    assigned = assign_balanced(likeness, size)
+    assert (assigned.bincount(minlength=columns) == size).all()
+    own = likeness.gather(1, assigned[:, None])[:, 0]
+    for column in range(columns):
+        would_move = likeness[:, column] > own
+        weakest = own[assigned == column].min()
+        assert not (would_move & (likeness[:, column] > weakest)).any(), (
+            "no row and column would rather have each other"
+        )
+
+
+def structured_layer(seed: int, groups=4, size=32) -> tuple[FeedForward, torch.Tensor]:
+    """Neurons that listen to one of a few directions each, shuffled, and tokens along one direction each."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(WIDTH, groups, generator=generator)).Q.T
+    owner = torch.arange(groups).repeat_interleave(size)[torch.randperm(groups * size, generator=generator)]
+    dense = FeedForward(WIDTH, groups * size).requires_grad_(False).eval()
+    noise = torch.randn(groups * size, WIDTH, generator=generator)
+    dense.up.weight.copy_(3 * directions[owner] + 0.2 * noise)
+    dense.up.bias.fill_(-2.0)
+    dense.down.weight.copy_(torch.randn(WIDTH, groups * size, generator=generator) / size)
+    spread = torch.randn(400, WIDTH, generator=generator)
+    return dense, 2 * directions[torch.arange(400) % groups] + 0.1 * spread
+
+
+def test_groups_and_gate_find_structure_that_is_there(fresh_seed):
+    """A layer that is made of experts is taken apart into them; one expert then does nearly all for a token."""
+    dense, x = structured_layer(fresh_seed)
+    split = split_layer(dense, 4, samples=x)
+    heard = (dense.up.weight @ x.T).unflatten(1, (-1, 4)).mean(dim=1).argmax(dim=1)
+    assert all(len(heard[group].unique()) == 1 for group in split.groups)
+    assert split.errors[0] < 0.1 and split.errors[-1] < 1e-6
+    weights_only = split_feed_forward(dense, split_layer(dense, 4), 0)
+    for layer in (split_feed_forward(dense, split, 0), weights_only):
+        layer.routing = ExpertRouting(top_k=1)
+        assert (layer(x) - dense(x)).norm() / dense(x).norm() < 0.1
+
+
+def test_measured_errors_fall_to_nothing(make_model, make_inputs):
+    model, (inputs, noise) = make_model(), make_inputs()
+    condition = model.condition(inputs)
+    with recorded_tokens(model, 64) as seen:
+        expected = [model(noise, moment, condition) for moment in (900.0, 300.0)][1]
+    samples = [torch.cat(tokens) for tokens in seen]
+    assert len(samples) == TINY.blocks and all(80 <= len(tokens) <= 128 for tokens in samples)
+    split = split_experts(model, 8, samples=samples)
+    for layer in split.layers:
+        assert layer.errors[-1] < 1e-6 and layer.errors[0] > layer.errors[4] > 0
+    lines = str(split).splitlines()
+    assert len(lines) == 9 and lines[-1].split() == ["8", "0.0000", "0.0000"]
+    errors = []
+    for top_k in (8, 6, 2):
+        set_routing(model, ExpertRouting(top_k=top_k))
+        errors.append(float((model(noise, 300.0, condition) - expected).norm() / expected.norm()))
+    assert errors[0] < 1e-5 < errors[1] < errors[2] < 1
+    assert "not measured" in str(plan_split(make_model(), 2))
+
+
+def test_split_of_8_bit_weights_keeps_them(make_model, make_inputs):
+    model, (inputs, noise) = make_model(), make_inputs()
+    swap_linears(model)
+    expected = model(noise, 500.0, model.condition(inputs))
+    split_experts(model, 4, shared=1)
+    layer = model.stack.blocks[0].feed_forward
+    assert all(isinstance(one, Float8Linear) for expert in layer.experts for one in (expert.up, expert.down))
+    torch.testing.assert_close(model(noise, 500.0, model.condition(inputs)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_split_is_kept_in_a_file_without_weights(make_model, make_inputs, tmp_path):
+    (inputs, noise), model = make_inputs(), make_model()
+    path = split_path(tmp_path, 4, shared=1)
+    assert path == tmp_path / "experts_4_shared_1.safetensors"
+    assert split_path(tmp_path / "dit.safetensors", 8) == tmp_path / "dit.experts_8.safetensors"
+    again = copy.deepcopy(model)
+    save_split(split_experts(model, 4, 1), path)
+    assert path.stat().st_size < sum(p.nbytes for p in again.stack.blocks[0].parameters())
+    apply_split(again, load_split(path))
+    for one in (model, again):
+        set_routing(one, ExpertRouting(top_k=2))
+    outputs = [one(noise, 500.0, one.condition(inputs)) for one in (model, again)]
+    assert torch.equal(*outputs)
+
+
+def test_bad_split_files_are_named(make_model, tmp_path):
+    other = make_model(replace(TINY, feed_forward_width=64))
+    save_split(plan_split(other, 4), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"96 neurons of 3 feed-forwards.*anew"):
+        apply_split(make_model(), load_split(tmp_path / "other.safetensors"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-9])
+    for name, message in (("foreign", "no file of split"), ("damaged", "damaged"), ("absent", "not there")):
+        with pytest.raises(CheckpointError, match=message):
+            load_split(tmp_path / f"{name}.safetensors")
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: check_routing(TINY, ExpertRouting(), 5), "split_experts=5 .* 96 neurons.*2, 3, 4, 6"),
+        (lambda: check_routing(TINY, ExpertRouting(), 1), "split_experts=1"),
+        (lambda: check_routing(TINY, ExpertRouting(), 4, 4), "shared=4 of 4"),
+        (lambda: check_routing(TINY, ExpertRouting(top_k=5), 4), "top_k=5 with 4 experts.*1 to 4"),
+        (lambda: check_routing(TINY, ExpertRouting(top_k=1), 4, 1), "top_k=1 with 4.*2 to 4"),
+        (lambda: check_routing(TINY, ExpertRouting(top_k=2)), "Not applicable.*dense.*split_experts=8"),
+        (lambda: check_routing(MOE, ExpertRouting(), 4), "split_experts=4.*4 experts already"),
+        (lambda: replace(TINY, num_experts=4, top_k=5), "top_k=5 with 4 experts"),
+        (lambda: replace(TINY, num_experts=4, top_k=0), "top_k=0"),
+        (lambda: replace(TINY, num_experts=4, gate_over="some"), "gate_over='some'.*chosen, all"),
+        (lambda: ExpertRouting(top_k=0), "top_k=0"),
+        (lambda: ExpertRouting(expert_capacity=0), "expert_capacity=0"),
+        (lambda: ExpertRouting(overflow="lose"), "overflow='lose'.*spill"),
+        (lambda: ExpertRouting(overflow="drop"), "Give a capacity"),
+        (lambda: ExpertRouting(gate_dropout=1.0), "gate_dropout=1.0"),
+        (lambda: set_routing(S2VTransformer(TINY), ExpertRouting(top_k=2)), "Not applicable"),
+        (lambda: set_routing(S2VTransformer(MOE), ExpertRouting(top_k=5)), "top_k=5 with 4 experts"),
+        (lambda: plan_split(S2VTransformer(TINY), 7), "split_experts=7 does not divide"),
+        (lambda: plan_split(S2VTransformer(MOE), 4), "4 experts already"),
+        (lambda: gate_losses(S2VTransformer(MOE)), "training mode"),
+        (lambda: noise_experts([0.9], [None]), "1 boundaries for 1 noise experts"),
+        (lambda: noise_experts([0.5, 0.9], [None] * 3), "must fall"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_model_is_split_once(make_model):
+    model = make_model()
+    split = split_experts(model, 4)
+    for again in (lambda: split_experts(model, 4), lambda: apply_split(model, split)):
+        with pytest.raises(ConfigError, match="3 feed-forwards of this model have experts already"):
+            again()
+
+
+def test_settings_survive_json_and_fit():
+    routing = ExpertRouting(top_k=4, expert_capacity=256, overflow="drop", gate_dropout=0.1, gate_dropout_seed=3)
+    assert ExpertRouting.from_dict(json.loads(json.dumps(routing.to_dict()))) == routing
+    check_routing(TINY, ExpertRouting())
+    check_routing(TINY, routing, 8, 1)
+    check_routing(MOE, routing)
+
+
+def test_what_people_are_told():
+    released = S2VModelConfig()
+    assert "Not applicable" in describe_experts(released) and "split_experts=8" in describe_experts(released)
+    assert "1728 of 13824 neurons" in describe_experts(released, 8)
+    assert "4 learned experts" in describe_experts(MOE) and "sees 2" in describe_experts(MOE)
+
+
+# --- models with experts -----------------------------------------------------------------------------------------
+
+
+def write_folder(model: S2VTransformer, folder) -> None:
+    """A checkpoint in the official layout, one shard."""
+    folder.mkdir()
+    weights = {names.dit_name(name): value.clone() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(names.official_dit_config(model.config)))
+
+
+@pytest.mark.parametrize("change", [{}, {"gate_over": "all", "num_experts": 3, "top_k": 1}])
+def test_native_checkpoints_survive_the_official_layout(change, make_model, make_inputs, tmp_path):
+    config = replace(MOE, **change)
+    model, (inputs, noise) = make_model(config), make_inputs(config)
+    write_folder(model, tmp_path / "moe")
+    part = find_part(tmp_path / "moe", names.DIT)
+    wanted = {"gate.weight"} | {
+        f"experts.{expert}.{place}.{kind}"
+        for expert in range(config.num_experts)
+        for place in (0, 2)
+        for kind in ("weight", "bias")
+    }
+    start = "blocks.1.ffn."
+    assert {name.removeprefix(start) for name in part.weights.entries if name.startswith(start)} == wanted
+    settings = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (settings["num_experts"], settings["top_k"]) == (config.num_experts, config.top_k)
+    again = load_transformer(tmp_path / "moe", torch.float32)
+    assert again.config == config
+    outputs = [one(noise, 500.0, one.condition(inputs)) for one in (model, again)]
+    assert torch.equal(*outputs)
+    assert load_transformer(tmp_path / "moe", torch.bfloat16).stack.blocks[0].feed_forward.gate.weight.dtype == (
+        torch.float32
+    )
+
+
+def test_dense_config_names_no_experts():
+    assert not {"num_experts", "top_k", "gate_over"} & set(names.official_dit_config(TINY))
+
+
+def test_a_file_that_does_not_say_top_k_is_refused(make_model, tmp_path):
+    write_folder(make_model(MOE), tmp_path / "moe")
+    settings = json.loads((tmp_path / "moe" / "config.json").read_text())
+    del settings["top_k"]
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="num_experts=4 but no top_k"):
+        find_part(tmp_path / "moe", names.DIT)
+    (tmp_path / "moe" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "single.safetensors")
+    with pytest.raises(CheckpointError, match="4 experts in a feed-forward and no config"):
+        find_part(tmp_path / "single.safetensors", names.DIT)
+
+
+def test_knobs_of_a_native_model(make_model, make_inputs):
+    model, (inputs, noise) = make_model(MOE), make_inputs()
+    condition = model.condition(inputs)
+    expected = model(noise, 500.0, condition)
+    load = take_load(model)
+    tokens = condition.rope.shape[0]
+    assert load.tokens == TINY.blocks * tokens and sum(load.chosen) == 2 * load.tokens
+    assert take_load(model) == ExpertLoad(), "taking it starts anew"
+    set_routing(model, ExpertRouting(expert_capacity=11))
+    group_products(model)
+    torch.testing.assert_close(model(noise, 500.0, condition), expected, atol=1e-5, rtol=1e-5)
+    set_routing(model, ExpertRouting(expert_capacity=11, overflow="drop"))
+    assert not torch.allclose(model(noise, 500.0, condition), expected)
+    seeds = {layer.routing.gate_dropout_seed for layer in routed_layers(model)}
+    assert seeds == {None}
+    set_routing(model, ExpertRouting(gate_dropout=0.5, gate_dropout_seed=7))
+    assert [layer.routing.gate_dropout_seed for layer in routed_layers(model)] == [7, 8, 9]
+    dropped = model(noise, 500.0, condition)
+    assert torch.equal(model(noise, 500.0, condition), dropped) and not torch.allclose(dropped, expected)
+
+
+def test_8_bit_weights_leave_the_gate_alone(make_model):
+    model = make_model(MOE)
+    swap_linears(model)
+    layer = model.stack.blocks[0].feed_forward
+    assert type(layer.gate) is Gate and isinstance(layer.experts[3].down, Float8Linear)
+
+
+def test_gradients_reach_every_parameter_of_a_routed_model(make_model, make_inputs):
+    with torch.inference_mode(False), torch.enable_grad():
+        model = make_model(MOE).requires_grad_(True).train()
+        set_routing(model, ExpertRouting(gate_dropout=0.1))
+        inputs, noise = make_inputs(batch=2)
+        loss = model(noise, torch.tensor([500.0, 3.0]), model.condition(inputs)).square().mean()
+        balance, z = gate_losses(model)
+        (loss + 0.01 * balance + 0.001 * z).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+        model.eval()(noise[:1], 3.0, model.condition(make_inputs()[0]))
+        assert all(layer.record is None for layer in routed_layers(model)), "nothing is kept in inference"
+
+
+def test_balance_loss_is_least_when_all_are_used_evenly():
+    layer = make_layer(0, experts=4, top_k=1, gate_over="all").train()
+    with torch.inference_mode():
+        layer.gate.weight.zero_()[:, :4] = 5 * torch.eye(4)
+    even = F.pad(torch.eye(4).repeat(8, 1), (0, WIDTH - 4))
+    values = []
+    for x in (even, even[:1].expand(32, -1)):
+        layer(x)
+        values.append([float(loss) for loss in gate_losses(nn.ModuleList([layer]))])
+    assert values[0][0] == pytest.approx(1) and values[1][0] > 3.5
+    assert values[0][1] == pytest.approx(torch.tensor([5.0, 0, 0, 0]).logsumexp(0).square().item())
+
+
+# --- noise experts -----------------------------------------------------------------------------------------------
+
+
+def test_noise_experts_switch_at_the_boundary():
+    served, switched = [], []
+
+    def expert(number):
+        def serve(latents, timestep):
+            served.append((number, timestep))
+            return latents * 0
+
+        return serve
+
+    moments = [999.0, 900.0, 899.0, 500.0, 499.0, 0.0]
+    denoiser = noise_experts([0.9, 0.5], [expert(0), expert(1), expert(2)], switched.append)
+    for moment in moments:
+        denoiser(torch.zeros(1), moment)
+    assert served == list(zip([0, 0, 1, 1, 2, 2], moments, strict=True))
+    assert switched == [0, 1, 2], "each is brought in once, before its first step"
+    assert expert_at([0.875], 875) == 0 and expert_at([0.875], 874.9) == 1
+
+
+def test_one_noise_expert_is_itself():
+    def plain(latents, timestep):
+        return latents
+
+    assert noise_experts([], [plain]) is plain
+
+
+def test_noise_experts_in_a_clip(fresh_seed):
+    """Two experts that are the same denoiser give what it gives alone."""
+    torch.manual_seed(fresh_seed)
+    noise, pull = torch.randn(2, 1, 4, 2, 4, 4)
+
+    def plain(latents, timestep):
+        return (latents - pull) * timestep / 1000
+
+    config = SamplingConfig(steps=6)
+    both = denoise(noise_experts([0.9], [plain, lambda *arguments: plain(*arguments)]), noise, config)
+    assert torch.equal(both, denoise(plain, noise, config))

@@ -1,0 +1,94 @@
+"""The products of all experts at once, instead of one expert after the other: fewer and larger kernels."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...model.block import FeedForward
+from ...model.experts import Round, RoutedFeedForward, add_each, add_share, apply_each
+
+log = logging.getLogger(__name__)
+
+Multiply = Callable[[Tensor, Tensor, list[int]], Tensor]
+"""(rows: R I, sorted by expert; weights: X O I; how many rows each expert has) -> R O."""
+HOPPER = (9, 0)
+LARGE_SHARE = 16384
+"""Tokens of one expert that fill a card by themselves: grouping gains nothing then and holds all experts' at once."""
+
+
+def multiply_grouped(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """One kernel for all experts (CUTLASS grouped GEMM)."""
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch._grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(rows.device, non_blocking=True))
+
+
+def multiply_padded(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """A batched product in which every expert has as many rows as the busiest, for cards without the kernel."""
+    padded = nn.utils.rnn.pad_sequence(rows.split(counts), batch_first=True)  # X R E
+    out = torch.bmm(padded, weights.transpose(1, 2))
+    return torch.cat([part[:count] for part, count in zip(out, counts, strict=True)])
+
+
+def has_grouped_kernel(x: Tensor) -> bool:
+    """Whether torch multiplies groups of such tokens in one kernel."""
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= HOPPER and x.shape[1] % 8 == 0
+
+
+def are_plain(experts: Sequence[nn.Module]) -> bool:
+    """Whether experts are two ordinary products each: 8-bit weights and low-rank additions have their own forward."""
+    if not all(type(expert) is FeedForward for expert in experts):
+        return False
+    linears = [linear for expert in experts for linear in (expert.up, expert.down)]
+    return all(type(one) is nn.Linear and not (one._forward_hooks or one._forward_pre_hooks) for one in linears)
+
+
+def apply_grouped(
+    x: Tensor, experts: Sequence[nn.Module], rounds: list[Round], multiply: Multiply | None = None
+) -> Tensor:
+    """All experts of a round together; one after the other where that is not possible, or one has a large share.
+
+    For `apply_experts`. The weights of a layer's experts are put together once per call, a copy that is freed at its
+    end; memory is proportional to the tokens of a round, so give a capacity.
+    """
+    is_small = [max(len(share.tokens) for share in shares) <= LARGE_SHARE for shares in rounds]
+    if not (any(is_small) and are_plain(experts) and (multiply or x.is_cuda)):
+        return apply_each(x, experts, rounds)
+    multiply = multiply or (multiply_grouped if has_grouped_kernel(x) else multiply_padded)
+    up, down = (torch.stack([getattr(expert, name).weight for expert in experts]) for name in ("up", "down"))
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for shares, together in zip(rounds, is_small, strict=True):
+        if not together:
+            add_each(out, x, experts, shares)
+            continue
+        counts = [0] * len(experts)
+        for share in shares:
+            counts[share.expert] = len(share.tokens)
+        rows = x[torch.cat([share.tokens for share in shares])]
+        hidden = add_biases(multiply(rows, up, counts), [expert.up.bias for expert in experts], counts)
+        hidden = F.gelu(hidden, approximate="tanh")
+        rows = multiply(hidden, down, counts)
+        rows = add_biases(rows, [expert.down.bias for expert in experts], counts).split(counts)
+        for share in shares:
+            add_share(out, share, rows[share.expert])
+    return out
+
+
+def add_biases(rows: Tensor, biases: list[Tensor | None], counts: list[int]) -> Tensor:
+    """To the rows of each expert its bias, in place; experts without one stay as they are."""
+    for part, bias in zip(rows.split(counts), biases, strict=True):
+        if bias is not None:
+            part += bias
+    return rows
+
+
+def group_products(model: nn.Module) -> None:
+    """Let every routed feed-forward of a model multiply its experts together where the device can."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
+    for layer in layers:
+        layer.apply_experts = apply_grouped
+    log.info("experts: the products of %d layers are grouped on a card", len(layers))

@@ -1,0 +1,200 @@
+"""A feed-forward of experts: a gate chooses for each token which of them see it, and the weighted results add up.
+
+Terms as in GShard (arXiv 2006.16668) and Switch Transformer (arXiv 2101.03961).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ExpertRouting, JsonConfig
+
+ROWS_AT_ONCE = 4096
+"""Tokens of which float32 copies are held while they are scored or added up."""
+UNWEIGHTED = "none"
+"""Besides `config.GATE_RANGES`: every chosen expert counts in full, as the parts of a split dense layer must."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one expert takes at once: the numbers of the tokens, rising, and how much the result counts for each."""
+
+    expert: int
+    tokens: Tensor
+    weights: Tensor | None
+    """float32; None where all are 1."""
+
+
+Round = list[Share]
+"""At most one share per expert."""
+ApplyExperts = Callable[[Tensor, Sequence[nn.Module], list[Round]], Tensor]
+"""(tokens: L E, experts, rounds) -> L E in float32, the weighted sum for each token."""
+
+
+def apply_each(x: Tensor, experts: Sequence[nn.Module], rounds: list[Round]) -> Tensor:
+    """The plain sum at the `apply_experts` seam: one expert after the other."""
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for shares in rounds:
+        add_each(out, x, experts, shares)
+    return out
+
+
+def add_each(out: Tensor, x: Tensor, experts: Sequence[nn.Module], shares: Round) -> None:
+    """Add the results of one round to the sum L E, so that one expert's activations are there at a time."""
+    for share in shares:
+        add_share(out, share, experts[share.expert](x[share.tokens]))
+
+
+def add_share(out: Tensor, share: Share, rows: Tensor) -> None:
+    """Add an expert's results, one row for each of its tokens, to the sum L E."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        added = rows[part].float()
+        if share.weights is not None:
+            added = added * share.weights[part, None]
+        out.index_add_(0, share.tokens[part], added)
+
+
+@dataclass(frozen=True)
+class ExpertLoad(JsonConfig):
+    """How much each expert had to do, over all layers and steps that are added up."""
+
+    tokens: int = 0
+    """Tokens that came to the feed-forward; counted again in every layer and step."""
+    chosen: tuple[int, ...] = ()
+    """Of each expert: tokens that chose it."""
+    overflow: tuple[int, ...] = ()
+    """Those beyond its capacity."""
+    dropped: tuple[int, ...] = ()
+    """Those that skipped it because of that."""
+
+    def __add__(self, other: "ExpertLoad") -> "ExpertLoad":
+        if not self.chosen or not other.chosen:
+            return self if self.chosen else other
+        pairs = ((self.chosen, other.chosen), (self.overflow, other.overflow), (self.dropped, other.dropped))
+        return ExpertLoad(
+            self.tokens + other.tokens, *(tuple(a + b for a, b in zip(*pair, strict=True)) for pair in pairs)
+        )
+
+    def __str__(self) -> str:
+        """A table, one line per expert, in percent of all tokens."""
+        if not self.tokens:
+            return "no tokens have come to any expert"
+        lines = ["expert   tokens  overflow  dropped"]
+        for number, counts in enumerate(zip(self.chosen, self.overflow, self.dropped, strict=True)):
+            chosen, overflow, dropped = (100 * count / self.tokens for count in counts)
+            lines.append(f"{number:>6}  {chosen:>6.1f}%  {overflow:>7.1f}%  {dropped:>6.1f}%")
+        return "\n".join(lines)
+
+
+@dataclass
+class GateRecord:
+    """What the gate said in the last forward of training, for balance losses."""
+
+    logits: Tensor = field(repr=False)
+    """L X, X experts, before anything was masked."""
+    taken: Tensor = field(repr=False)
+    """L X: whether the expert was chosen for the token."""
+
+
+class Gate(nn.Linear):
+    """One logit per token and expert, in float32 whatever the precision of the tokens (Switch, section 2.4)."""
+
+    def __init__(self, width: int, num_experts: int):
+        super().__init__(width, num_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # L E -> L X
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([F.linear(rows.float(), self.weight.float()) for rows in x.split(ROWS_AT_ONCE)])
+
+
+class RoutedFeedForward(nn.Module):
+    """Experts and a gate. `routing` is set from outside; `apply_experts` is the seam for faster products.
+
+    Args:
+        experts: modules from tokens to tokens. The first `shared` of them see every token, whatever the gate says.
+        gate: tokens L E -> logits L X of the experts that are not shared.
+        top_k: experts that a token sees, shared ones included, unless `routing` says otherwise.
+        gate_over: chosen: weights are a softmax over the chosen experts. all: a softmax over all, of which those of
+            the chosen are taken. none: weights are 1.
+        bias: E, added for every token; for experts that are parts of a layer with one.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        gate: nn.Module,
+        top_k: int,
+        gate_over: str,
+        shared: int = 0,
+        bias: Tensor | None = None,
+    ):
+        super().__init__()
+        self.gate, self.experts = gate, nn.ModuleList(experts)
+        self.top_k, self.gate_over, self.shared = top_k, gate_over, shared
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.routing = ExpertRouting()
+        self.apply_experts: ApplyExperts = apply_each
+        self.load = ExpertLoad()
+        self.record: GateRecord | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # B L E
+        tokens = x.flatten(0, -2)
+        taken, weights = self.choose(self.gate(tokens))
+        out = self.apply_experts(tokens, self.experts, list(self.rounds(taken, weights)))
+        if self.bias is not None:
+            out += self.bias
+        return out.to(x.dtype).view_as(x)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits -> whether each token sees each expert, and how much that counts (None: in full). Both L X."""
+        top_k = (self.routing.top_k or self.top_k) - self.shared
+        scores = self.drop_choices(logits)
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k, dim=1).indices, True)
+        taken &= scores.isfinite()
+        self.record = GateRecord(logits, taken) if self.training else None
+        if self.gate_over == UNWEIGHTED:
+            always = taken.new_ones(len(taken), self.shared)
+            return torch.cat([always, taken], dim=1), None
+        if self.gate_over == "chosen":
+            scores = scores.masked_fill(~taken, -torch.inf)
+        return taken, scores.softmax(dim=1)
+
+    def drop_choices(self, logits: Tensor) -> Tensor:
+        """Hide experts from tokens at random, never a token's best one; with fewer left than top_k it sees fewer."""
+        routing = self.routing
+        if not routing.gate_dropout or not (self.training or routing.gate_dropout_seed is not None):
+            return logits
+        if self.training:
+            draw = torch.rand_like(logits)
+        else:  # on the CPU, to be the same on every device
+            generator = torch.Generator().manual_seed(routing.gate_dropout_seed)
+            draw = torch.rand(logits.shape, generator=generator).to(logits.device)
+        hidden = (draw < routing.gate_dropout).scatter(1, logits.argmax(dim=1, keepdim=True), False)
+        return logits.masked_fill(hidden, -torch.inf)
+
+    def rounds(self, taken: Tensor, weights: Tensor | None) -> Iterator[Round]:
+        """Who takes which tokens when. Both L X.
+
+        The tokens of an expert come in their own order, `expert_capacity` at a time. Dropped tokens lose what the
+        expert would have added; the weights of their other experts stay as they are, as in GShard. Shared experts
+        drop nothing.
+        """
+        counts = taken.sum(dim=0).tolist()
+        limit, drops = self.routing.expert_capacity or len(taken), self.routing.overflow == "drop"
+        expert, tokens = taken.T.nonzero(as_tuple=True)  # by expert, then by token
+        chosen = tokens.split(counts)
+        counted = [None] * len(counts) if weights is None else weights[tokens, expert].split(counts)
+        ends = [min(count, limit) if drops and index >= self.shared else count for index, count in enumerate(counts)]
+        overflow = tuple(max(0, count - limit) for count in counts)
+        dropped = tuple(count - end for count, end in zip(counts, ends, strict=True))
+        self.load += ExpertLoad(len(taken), tuple(counts), overflow, dropped)
+        for start in range(0, max(ends, default=0), limit):
+            now = [(index, slice(start, min(start + limit, end))) for index, end in enumerate(ends) if start < end]
+            yield [
+                Share(index, chosen[index][part], None if weights is None else counted[index][part])
+                for index, part in now
+            ]
