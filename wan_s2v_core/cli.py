@@ -153,6 +153,15 @@ def show_step(clip: int, clips: int, step: int) -> None:
     print(f"\rclip {clip} of {clips}, step {step} ", end="", file=sys.stderr, flush=True)
 
 
+def run_quality(options: argparse.Namespace) -> int:
+    from .bench.quality import QualityRequest, measure
+
+    names = ("video", "audio", "against", "reference", "clip_frames", "lpips_weights")
+    report = measure(QualityRequest(**{name: getattr(options, name) for name in names}))
+    print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()))
+    return FINE
+
+
 def best_device() -> str:
     import torch
 
@@ -251,6 +260,20 @@ def add_experts(make: argparse.ArgumentParser) -> None:
     add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
 
 
+def add_quality(commands, common: argparse.ArgumentParser) -> None:
+    judge = commands.add_parser(
+        "quality", parents=[common], help="measure lip sync, drift, seams and flicker of a video"
+    )
+    judge.set_defaults(run=run_quality)
+    add = judge.add_argument
+    add("video", type=Path, help="a video with a talking head")
+    add("--audio", type=Path, help="the voice; the video's own sound by default")
+    add("--against", type=Path, help="another video of the same size and length: PSNR, SSIM and LPIPS to it")
+    add("--reference", type=Path, help="the picture that the face should keep to; the first clip by default")
+    add("--clip_frames", type=int, help="frames of a clip; read from the file by default")
+    add("--lpips_weights", type=Path, help="state dict of lpips.LPIPS(net='alex')")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -267,6 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("path", type=Path, help="weights file or checkpoint folder")
     look.set_defaults(run=run_inspect)
     add_generate(commands, common)
+    add_quality(commands, common)
 
     show = commands.add_parser("demo", parents=[common], help="run the embedded tiny model on the embedded voice")
     show.add_argument("--audio", help="another recording")

@@ -83,6 +83,16 @@ class VideoFacts:
     audio_seconds: float | None
 
 
+@dataclass(frozen=True)
+class VideoHeader:
+    """What a video file says of itself, before anything is decoded."""
+
+    fps: float
+    has_sound: bool
+    tags: dict[str, str]
+    """By lower-case name: Matroska and WebM store them in upper case."""
+
+
 @cache
 def video_presets() -> dict[str, VideoPreset]:
     """All presets by name."""
@@ -402,6 +412,18 @@ def _shown_frames(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
     yield shown, begin + source_frame - CLOCK_TOLERANCE
 
 
+def frames_of(path: str | Path) -> Iterator[tuple[Tensor, float]]:
+    """Every picture of a video file, one at a time: H W 3 uint8 RGB, upright, and its seconds after the first one.
+
+    Raises:
+        ConfigError: if the file is missing, has no video or cannot be decoded.
+    """
+    path = Path(path)
+    with open_media(path) as container:
+        for frame, time in timed_frames(container, first_stream(container, "video", path), path):
+            yield _rgb_picture(frame), time
+
+
 def timed_frames(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any, float]]:
     """Decoded pictures with their seconds after the first one; counted where the file has no time stamps.
 
@@ -425,6 +447,20 @@ def _rgb_picture(frame: Any) -> Tensor:
     # RGB has no matrix, but PyAV 14.0 applies that of the source only where the two differ.
     picture = frame.reformat(format="rgb24", src_colorspace=matrix, dst_colorspace=other)
     return torch.from_numpy(np.ascontiguousarray(np.rot90(picture.to_ndarray(), turns)))
+
+
+def read_header(path: str | Path) -> VideoHeader:
+    """What a video file says of itself.
+
+    Raises:
+        ConfigError: if it is missing or has no video.
+    """
+    path = Path(path)
+    with open_media(path) as container:
+        stream = first_stream(container, "video", path)
+        has_sound = any(other.type == "audio" for other in container.streams)
+        tags = {name.lower(): text for name, text in container.metadata.items()}
+        return VideoHeader(float(stream.average_rate or 25), has_sound, tags)
 
 
 def probe_video(path: str | Path) -> VideoFacts:
