@@ -13,6 +13,7 @@ from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
+from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import swap_linears
 from .config import ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, TEXT_ENCODER, VAE
@@ -61,6 +62,7 @@ class LoadPlan:
             swap_linears(network)
         if kind == VAE and self.device.type == "cpu":
             flatten_convolutions(network)
+            swap_channel_norms(network)
 
     def finish(self, kind: str, network: nn.Module, path: str | Path) -> None:
         """Change the network of that kind, loaded from `path`, where that needs its weights."""

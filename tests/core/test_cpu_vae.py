@@ -1,4 +1,4 @@
-"""3D convolutions run as 2D ones: the same numbers, for every layer that qualifies, and for a whole VAE."""
+"""What makes the VAE fast on CPUs, 2D convolutions and lean norms: the same numbers for any layer and a whole VAE."""
 
 import copy
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wan_s2v_core.acceleration.convolution import flatten_convolutions
+from wan_s2v_core.acceleration.normalization import ChannelNorm, swap_channel_norms
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.model.vae import VideoVAE
 
@@ -88,6 +89,35 @@ def test_gradients_are_the_same(fresh_seed):
     torch.testing.assert_close(layer.weight.grad / scale, plain.weight.grad / scale, atol=ROUNDING, rtol=0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    channels=st.integers(1, 20),
+    images=st.booleans(),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_channel_norm_stays_the_same(channels, images, has_bias, dtype, seed):
+    """Also where a position is zero in all channels, or tiny."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    torch.manual_seed(seed)
+    plain = nn.Sequential(WanRMS_norm(channels, images=images, bias=has_bias))
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    lean = copy.deepcopy(plain)
+    swap_channel_norms(lean)
+    assert isinstance(lean[0], ChannelNorm)
+    x = torch.randn(2, channels, *((4, 5) if images else (3, 4, 5))).mul_(10.0 ** int(torch.randint(-4, 4, ())))
+    x[:, :, 1] = 0
+    x = x.to(dtype)
+    with torch.inference_mode():
+        wanted, given_ = plain.to(dtype)(x), lean.to(dtype)(x)
+    scale = wanted.abs().max().item() + 1e-6
+    limit = ROUNDING if dtype == torch.float32 else 2**-6  # rounded three times
+    torch.testing.assert_close(given_, wanted, atol=limit * scale, rtol=0)
+
+
 @pytest.mark.parametrize("frames", [1, 21])
 def test_a_whole_vae_stays_the_same(frames, fresh_seed):
     """Encoded and decoded within 1e-4 of values of order one, after some 60 layers."""
@@ -96,8 +126,11 @@ def test_a_whole_vae_stays_the_same(frames, fresh_seed):
     fill_random(plain, fresh_seed)
     flat = copy.deepcopy(plain)
     flatten_convolutions(flat)
+    swap_channel_norms(flat)
     convolutions = [layer for layer in flat.modules() if isinstance(layer, nn.Conv3d)]
     assert len(convolutions) > 40 and all(map(is_flat, convolutions)), "all of them pad in time by hand"
+    assert sum(isinstance(layer, ChannelNorm) for layer in flat.modules()) > 20
+    assert flat.state_dict().keys() == plain.state_dict().keys(), "the names of the weights stay"
     video = torch.rand(1, 3, frames, 48, 64) * 2 - 1
     with torch.inference_mode():
         latents, other = (vae.encode(video) for vae in (plain, flat))
