@@ -51,19 +51,19 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
 
     manager, patcher_of = bridge.manager, bridge.comfy.model_patcher.ModelPatcher
     card, cpu = manager.get_torch_device(), torch.device("cpu")
-    recipes = [bridge.find_model(kind, bridge.EMBEDDED) for kind in (DIT, VAE)]
+    models = [bridge.Model(bridge.find_model(kind, bridge.EMBEDDED)) for kind in (DIT, VAE)]
     facts: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def allocated() -> int:
         return torch.cuda.memory_allocated()
 
     before = allocated()
-    with bridge.ComfyNetworks(*recipes, offload=True).use(DIT) as dit:
+    with bridge.ComfyNetworks(*models, offload=True).use(DIT) as dit:
         assert on_card(dit), "a stage begins with its network on the card"
         facts["dit_bytes"] = allocated() - before
     assert not on_card(dit) and allocated() == before, "offload: it leaves after its stage"
 
-    staying = bridge.ComfyNetworks(*recipes, offload=False)
+    staying = bridge.ComfyNetworks(*models, offload=False)
     with staying.use(DIT) as again:
         assert again is dit, "the same recipe and precision is not loaded twice"
     with staying.use(VAE) as vae:
@@ -89,16 +89,16 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
         assert not on_card(dit), "after running out of memory everything has left the card"
     facts["empty_after_out_of_memory"] = True
 
-    with bridge.ComfyNetworks(*recipes, precision="float8-weights").use(DIT) as small:
+    with bridge.ComfyNetworks(*models, precision="float8-weights").use(DIT) as small:
         assert small is not dit and torch.float8_e4m3fn in {p.dtype for p in small.parameters()}
     del dit, small, again, vae
-    recipes.clear()
-    staying.recipes.clear()
+    models.clear()
+    staying.models.clear()
     import gc
 
     gc.collect()
-    facts["kept_after_recipes_died"] = len(bridge.LOADED)
-    assert not bridge.LOADED, "networks die with the recipes that ComfyUI keeps"
+    facts["kept_after_loaders_died"] = len(bridge.PLACES)
+    assert not bridge.PLACES, "networks die with the loaders' outputs that ComfyUI keeps"
     return facts
 
 

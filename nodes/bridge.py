@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -28,7 +29,7 @@ from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import StoredClips
 from ..wan_s2v_core.memory import Home
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..wan_s2v_core.model.loading import load
+from ..wan_s2v_core.model.loading import files_of, load
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 
 log = logging.getLogger(__name__)
@@ -87,14 +88,13 @@ def find_model(kind: str, name: str) -> ModelRecipe:
     return ModelRecipe(kind, path)
 
 
-def stamp_of(kind: str, name: str) -> str:
-    """Changes when the files behind a name do, so that replaced ones are loaded again.
+def stamp_of(*recipes: ModelRecipe) -> str:
+    """Changes when the files of networks do, so that replaced ones are loaded again.
 
     ComfyUI writes it into every file it saves: a digest tells nobody where the models lie.
     """
-    path = Path(find_model(kind, name).path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = (str(path), *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    files = [file for recipe in recipes for file in files_of(recipe.path, recipe.kind)]
+    facts = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -112,12 +112,44 @@ class Placed(nn.Module):
         return super().to(device, *args, **options)
 
 
-LOADED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""ModelRecipe -> (LoadPlan, ModelPatcher). A network lives as long as ComfyUI keeps the recipe that made it."""
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Our layers do not move weights themselves, as ComfyUI's do: a network is on the card as a whole or not at all."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        return super().partially_load(device_to, EVERYTHING, force_patch_weights)
+
+    def partially_unload(self, device_to, memory_to_free=0, *args, **options):
+        freed = self.loaded_size()
+        self.detach()
+        return freed
+
+
+EVERYTHING = 1e32
+"""ComfyUI's own number for no limit of memory."""
+
+
+class Place:
+    """Where the network of one file is kept."""
+
+    def __init__(self):
+        self.made_from: tuple | None = None
+        self.patcher: WholePatcher | None = None
+
+
+PLACES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+"""(kind, path) -> Place. A network lives as long as ComfyUI keeps the output of a loader that names it."""
+
+
+class Model:
+    """What a loader gives: a recipe, and the place of its network, which all loaders of that file share."""
+
+    def __init__(self, recipe: ModelRecipe):
+        self.recipe = recipe
+        self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
 
 
 class ComfyNetworks:
-    """Networks of recipes, each placed on the card by ComfyUI's memory manager when its stage begins.
+    """Networks of loaders, each placed on the card by ComfyUI's memory manager when its stage begins.
 
     Args:
         precision: of the DiT and the text encoder; VAE and audio encoder stay float32.
@@ -128,13 +160,13 @@ class ComfyNetworks:
 
     def __init__(
         self,
-        *recipes: ModelRecipe,
+        *models: Model,
         precision: str = AUTO,
         offload: bool = True,
         on_cpu: bool = False,
         split_experts: int = 0,
     ):
-        self.recipes = {recipe.kind: recipe for recipe in recipes}
+        self.models = {model.recipe.kind: model for model in models}
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.loading = replace(plan_loading(precision, card, split_experts), device=self.device)
@@ -154,16 +186,16 @@ class ComfyNetworks:
                 patcher.detach()
                 manager.soft_empty_cache()
 
-    def _patcher(self, kind: str) -> comfy.model_patcher.ModelPatcher:
-        """The network under ComfyUI's management, loaded unless it is there in the same precision."""
-        recipe, cpu = self.recipes[kind], torch.device("cpu")
-        kept = LOADED.get(recipe)
-        if kept is None or kept[0] != self.loading:
-            LOADED.pop(recipe, None)  # two precisions of one network would take twice the memory
+    def _patcher(self, kind: str) -> WholePatcher:
+        """The network under ComfyUI's management, loaded unless it is there as it is wanted."""
+        recipe, place, cpu = self.models[kind].recipe, self.models[kind].place, torch.device("cpu")
+        wanted = (stamp_of(recipe), self.loading.concerning(kind))
+        if place.made_from != wanted:
+            place.made_from = place.patcher = None  # two of one network would take twice the memory
             network = load(recipe.path, kind, self.loading.dtype(kind), cpu, self.loading.prepare(kind))
             self.loading.finish(kind, network, recipe.path)
-            LOADED[recipe] = self.loading, comfy.model_patcher.ModelPatcher(Placed(network), self.device, cpu)
-        return LOADED[recipe][1]
+            place.patcher, place.made_from = WholePatcher(Placed(network), self.device, cpu), wanted
+        return place.patcher
 
 
 check_interrupt = manager.throw_exception_if_processing_interrupted
@@ -192,6 +224,11 @@ def step_reporter(node_id: str, clips: int, steps: int) -> Callable[[int, int, T
     return report
 
 
+def latent_of(latents: Tensor) -> dict[str, Tensor]:
+    """Normalised latents of ours as LATENT, which carries them as the VAE gives them."""
+    return {"samples": comfy.latent_formats.Wan21().process_out(latents.float().cpu())}
+
+
 def new_clips_folder() -> Path:
     """Where the clips of one run are kept."""
     name = f"{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}"
@@ -199,22 +236,25 @@ def new_clips_folder() -> Path:
 
 
 def let_go(clips: StoredClips) -> None:
-    """The clips have become a video: their folder may go when ComfyUI no longer keeps them, unless it is to stay."""
+    """The clips have become a file: their folder may go when ComfyUI no longer keeps them, unless it is to stay."""
     if not clips.settings["keep_clips"]:
         weakref.finalize(clips, shutil.rmtree, clips.folder, ignore_errors=True)
 
 
 def check_prefix(prefix: str) -> None:
     """Raises ConfigError if a file name prefix leads out of ComfyUI's output folder or names no file."""
-    root = Path(folder_paths.get_output_directory()).resolve()
-    if "\0" in prefix or not (root / prefix).resolve().is_relative_to(root) or not Path(prefix).name.strip(". "):
+    root = os.path.abspath(folder_paths.get_output_directory())
+    inside = os.path.abspath(os.path.join(root, prefix)).startswith(root + os.sep)
+    if "\0" in prefix or not inside or not Path(prefix).name.strip(". "):
         raise ConfigError(
             f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
         )
 
 
-def output_path(prefix: str, suffix: str, width_px: int, height_px: int) -> tuple[Path, str]:
-    """A new file in ComfyUI's output folder, and its subfolder.
+@contextlib.contextmanager
+def new_output(prefix: str, suffix: str, width_px: int, height_px: int) -> Iterator[tuple[Path, str]]:
+    """A new file in ComfyUI's output folder, taken before it is written so that no other server takes its name, and
+    its subfolder. It is gone again if what writes it fails.
 
     Raises:
         ConfigError: if the prefix leads out of that folder, or to a place that cannot be written to.
@@ -223,14 +263,28 @@ def output_path(prefix: str, suffix: str, width_px: int, height_px: int) -> tupl
     root = folder_paths.get_output_directory()
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width_px, height_px)
-        path = Path(folder) / f"{name}_{counter:05}_{suffix}"
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # refuses names that the file system cannot hold
+        while True:
+            path = Path(folder) / f"{name}_{counter:05}_{suffix}"
+            try:
+                path.touch(exist_ok=False)
+                break
+            except FileExistsError:
+                counter += 1
     except OSError as error:
         raise ConfigError(
             f"filename_prefix={prefix!r} cannot be used ({error.strerror}). Use another name, or make room."
         ) from error
-    return path, subfolder
+    try:
+        yield path, subfolder
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def frame_reporter(frames: int) -> Callable[[int], None]:
+    """Progress over the frames of a file; raises when the user has pressed cancel."""
+    bar = comfy.utils.ProgressBar(frames)
+    return lambda done: bar.update_absolute(done, frames)
 
 
 def free_ram_bytes() -> int:

@@ -47,7 +47,6 @@ class DecodeClips(io.ComfyNode):
         for frames in clips:
             torch.div(frames, 255, out=images[position : position + len(frames)])
             position += len(frames)
-        bridge.let_go(clips)
         return io.NodeOutput(images, audio_of(clips.recording, clips.frames / clips.fps), float(clips.fps))
 
 
@@ -65,7 +64,8 @@ class SaveVideo(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="video/WanS2V",
-                    tooltip="Folder and name inside ComfyUI's output folder. %date% style variables of ComfyUI work.",
+                    tooltip="Folder and name inside ComfyUI's output folder. %year%, %month%, %day%, %hour%, %width% "
+                    "and such work.",
                 ),
                 io.Combo.Input(
                     "format",
@@ -91,9 +91,9 @@ class SaveVideo(io.ComfyNode):
     @classmethod
     def execute(cls, clips, filename_prefix, format) -> io.NodeOutput:
         check_choice("format", format, video_presets())
-        suffix = video_preset(format).suffix
-        path, subfolder = bridge.output_path(filename_prefix, suffix, clips.width_px, clips.height_px)
-        write_video(path, clips, cls._metadata())
+        suffix, size = video_preset(format).suffix, (clips.width_px, clips.height_px)
+        with bridge.new_output(filename_prefix, suffix, *size) as (path, subfolder):
+            write_video(path, clips, cls._metadata(), bridge.frame_reporter(clips.frames))
         bridge.let_go(clips)
         shown = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([shown]))

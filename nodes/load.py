@@ -38,11 +38,11 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
-        return bridge.stamp_of(DIT, checkpoint)
+        return bridge.stamp_of(*(bridge.find_model(kind, checkpoint) for kind in bridge.MODEL_FOLDERS))
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        return io.NodeOutput(*(bridge.find_model(kind, checkpoint) for kind in bridge.MODEL_FOLDERS))
+        return io.NodeOutput(*(bridge.Model(bridge.find_model(kind, checkpoint)) for kind in bridge.MODEL_FOLDERS))
 
 
 class LoadOne(io.ComfyNode):
@@ -75,11 +75,11 @@ class LoadOne(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name):
-        return bridge.stamp_of(cls.KIND, name)
+        return bridge.stamp_of(bridge.find_model(cls.KIND, name))
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
-        return io.NodeOutput(bridge.find_model(cls.KIND, name))
+        return io.NodeOutput(bridge.Model(bridge.find_model(cls.KIND, name)))
 
 
 class LoadModel(LoadOne):

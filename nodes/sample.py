@@ -101,7 +101,7 @@ class Sample(io.ComfyNode):
                     "moe_gate_dropout",
                     default=0.0,
                     min=0.0,
-                    max=1.0,
+                    max=0.99,
                     step=0.01,
                     tooltip="Probability of masking an expert choice. Lowers fidelity. S2V-14B has no experts.",
                 ),
@@ -148,13 +148,13 @@ class Sample(io.ComfyNode):
             gate_dropout=moe_gate_dropout,
             gate_dropout_seed=seed if moe_gate_dropout else None,
         )
-        config, voice, text = find_part(model.path, DIT).config, conditioning.voice, conditioning.text
+        config, voice, text = find_part(model.recipe.path, DIT).config, conditioning.voice, conditioning.text
         check_fit(config, text.shape[-1], voice.shape[2], voice.shape[1])
         usable = choose_routing(config, routing, split_experts)
         networks = bridge.ComfyNetworks(model, vae, precision=precision, offload=offload, split_experts=split_experts)
         pipeline = S2VPipeline(networks, bridge.check_interrupt)
         settings = {
-            "model": model.to_dict(),
+            "model": model.recipe.to_dict(),
             "video": conditioning.video.to_dict(),
             "sampling": sampling.to_dict(),
             "routing": routing.to_dict(),
@@ -169,4 +169,4 @@ class Sample(io.ComfyNode):
             bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
         elif routing != ExpertRouting():
             bridge.say(cls.hidden.unique_id, describe_experts(config))
-        return io.NodeOutput(store.stored, {"samples": clip.latents.cpu()})
+        return io.NodeOutput(store.stored, bridge.latent_of(clip.latents))

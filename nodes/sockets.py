@@ -81,9 +81,16 @@ def text_of(conditioning: list, name: str) -> Tensor:
 
 
 def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:
-    """VIDEO -> its frames on our clock, read from the file as they are needed where there is one."""
-    if isinstance(video, InputImpl.VideoFromFile) and isinstance(source := video.get_stream_source(), str):
-        return DrivingVideo(source, fps)
+    """VIDEO -> its frames on our clock, read from the file as they are needed where it is a whole file."""
+    if isinstance(video, InputImpl.VideoFromFile) and is_whole(video):
+        source = video.get_stream_source()
+        if isinstance(source, str):
+            return DrivingVideo(source, fps)
     parts = video.get_components()
     pictures, rate = pictures_of(parts.images), Fraction(parts.frame_rate)
     return lambda start, frames: frames_at(pictures, rate, fps, start, frames)
+
+
+def is_whole(video: Any) -> bool:
+    """Newer versions of ComfyUI can cut a video in time or space, and keep that beside the name of its file."""
+    return not any(value for name, value in vars(video).items() if not name.endswith("__file"))

@@ -120,6 +120,14 @@ def told(network: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
             hook.remove()
 
 
+MEMORY_REMEDIES = {
+    DIT: "Choose a smaller size, fewer frames per clip, precision float8-weights or offload",
+    VAE: "Choose a smaller size or fewer frames per clip",
+    TEXT_ENCODER: "Let the text encoder run on the CPU",
+    SPEECH_ENCODER: "Use a shorter part of the recording; it is heard as a whole",
+}
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """torch has a class of its own for cards; main memory that runs out is told in words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -159,7 +167,7 @@ class S2VPipeline:
             reason = str(error).partition("\n")[0] or "no reason given"
             raise OutOfMemory(
                 f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({reason}) "
-                "Choose a smaller size, precision float8-weights or offload, or close what else uses it."
+                f"{MEMORY_REMEDIES[kind]}, or close what else uses it."
             ) from error
 
     @torch.inference_mode()

@@ -53,6 +53,10 @@ class LoadPlan:
         """VAE and audio encoder stay in full precision, as in the reference."""
         return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
 
+    def concerning(self, kind: str) -> tuple:
+        """What of this plan makes another network of that kind."""
+        return self.dtype(kind), self.device, *((self.precision, self.split_experts) if kind == DIT else ())
+
     def prepare(self, kind: str) -> Callable[[nn.Module], None]:
         """To be called on the network of that kind before it has weights."""
         return partial(self._prepare, kind)

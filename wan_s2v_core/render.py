@@ -25,6 +25,9 @@ from .prepare import AUTO, choose_routing, plan_loading
 
 log = logging.getLogger(__name__)
 
+FRAMES_AT_ONCE = 8
+"""Written between two looks at whether to stop."""
+
 
 @dataclass(frozen=True)
 class RenderRequest(JsonConfig):
@@ -145,10 +148,19 @@ def clips_folder(target: Path) -> Path:
     return target.with_name(f"{target.name}.clips")
 
 
-def write_video(target: Path, clips: StoredClips, metadata: dict[str, str]) -> None:
-    """Clip after clip into one file with sound; memory holds one clip. The suffix of `target` says which kind."""
+def write_video(
+    target: Path, clips: StoredClips, metadata: dict[str, str], on_frames: Callable[[int], None] | None = None
+) -> None:
+    """Clip after clip into one file with sound; memory holds one clip. The suffix of `target` says which kind.
+
+    Args:
+        on_frames: called with the number of frames written so far; may raise to stop.
+    """
     size = (clips.width_px, clips.height_px)
     with VideoWriter(target, *size, clips.fps, clips.recording, preset_of(target), metadata) as writer:
         for frames in clips:
-            writer.write(frames)
+            for few in frames.split(FRAMES_AT_ONCE):
+                writer.write(few)
+                if on_frames:
+                    on_frames(writer.frames)
     log.info("%s: %d frames", target, clips.frames)

@@ -320,7 +320,8 @@ def test_driving_video_from_a_file_and_from_pictures(graph, film, inputs, new_se
 
 def test_outputs_go_on_to_core_nodes(graph, add_node, run, comfy, watch):
     """The latent can be saved, the VIDEO saved again and taken apart."""
-    prompt = graph(seconds=1.0)
+    before = set(comfy.output.glob("wan_s2v_clips/*"))
+    prompt = graph(seconds=1.0, keep_clips=True)
     latent = add_node(prompt, "SaveLatent", samples=[SAMPLE, 1], filename_prefix="latents/last")
     copy_ = add_node(prompt, "SaveVideo", video=[SAVE, 0], filename_prefix="again", format="auto", codec="auto")
     still = add_node(prompt, "SaveImage", images=("GetVideoComponents", {"video": [SAVE, 0]}), filename_prefix="frame")
@@ -328,7 +329,13 @@ def test_outputs_go_on_to_core_nodes(graph, add_node, run, comfy, watch):
     assert ended.status == "success", ended.errors
     files = {node: [file.path for file in comfy.output_files(ended) if file.node == node] for node in prompt}
     assert len(watch(files[copy_][0]).pictures) == len(files[still]) == 16
-    assert load_file(files[latent][0])["latent_tensor"].shape == (1, 16, 5, 8, 8)
+    told = load_file(files[latent][0])["latent_tensor"]
+    assert told.shape == (1, 16, 5, 8, 8)
+    (folder,) = set(comfy.output.glob("wan_s2v_clips/*")) - before
+    kept = load_file(folder / "clip_0000.safetensors")["latents"]
+    scale, shift = (told.std(dim=(0, 2, 3, 4)) / kept.std(dim=(0, 2, 3, 4)), told.mean() - kept.mean())
+    torch.testing.assert_close(scale[:2], torch.tensor([2.8184, 1.4541]), atol=1e-3, rtol=0)  # Wan 2.1's statistics
+    assert shift.abs() > 0.01, "as the VAE gives them, not normalised"
 
 
 def test_a_batch_of_pictures_gives_its_first(graph, film, write_picture, new_seed):

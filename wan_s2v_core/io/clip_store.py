@@ -51,7 +51,13 @@ class StoredClips:
                     f"{self.path(index)} is no longer there: the clips were deleted. Sample again; "
                     "a changed seed makes ComfyUI do so."
                 )
-            yield read_frames(self.path(index), self.fps, 0, frames)
+            found = read_frames(self.path(index), self.fps, 0, frames)
+            if len(found) != frames:
+                raise ConfigError(
+                    f"{self.path(index)} holds {len(found)} of {frames} frames: it is damaged. Sample again; "
+                    "a changed seed makes ComfyUI do so."
+                )
+            yield found
 
     def remove(self) -> None:
         """Delete the folder, when its clips have become a video."""

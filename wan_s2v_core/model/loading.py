@@ -118,6 +118,23 @@ def find_part(path: str | Path, wanted: str | None = None) -> Part:
     return part
 
 
+def files_of(path: str | Path, kind: str) -> list[Path]:
+    """The files that a network is read from, without opening them; what else lies in an official folder is left out."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    places = [path / name for name in OFFICIAL_FILES.get(kind, ()) if (path / name).exists()] or [path]
+    patterns = (f"{DIT_STEM}*", "model*.safetensors*", "pytorch_model.bin", "config.json")
+    files = [file for place in places for file in ((place,) if place.is_file() else _matching(place, patterns))]
+    if kind == TEXT_ENCODER:
+        files += _matching(path / TOKENIZER_FOLDER, ("*",))
+    return sorted(file for file in files if file.is_file())
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [file for pattern in patterns for file in folder.glob(pattern)]
+
+
 def describe(weights: Weights) -> Part:
     """Tell what opened weights are and how big their network is.
 
