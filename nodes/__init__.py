@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import DecodeClips, SaveVideo
-from .encode import Conditioning, EncodeAudio, EncodeText
+from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
 from .sample import Sample
 
@@ -15,6 +15,7 @@ NODES = [
     LoadVAE,
     DemoInputs,
     EncodeAudio,
+    VoiceFromEncoder,
     EncodeText,
     Conditioning,
     Sample,

@@ -1,9 +1,12 @@
 """Voice, prompt, picture and driving video become what the sampler works from."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..wan_s2v_core.conditioning.bundle import make_conditioning
 from ..wan_s2v_core.config import CLIP_PLANS, DEFAULT_NEGATIVE_PROMPT, PICTURE_FITS, TIMINGS, VideoConfig, check_choice
+from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB
 from ..wan_s2v_core.pipeline import S2VPipeline
 from . import bridge
 from .sockets import (
@@ -15,6 +18,7 @@ from .sockets import (
     pose_of,
     recording_of,
     text_of,
+    voice_of,
 )
 
 CATEGORY = "WanS2V/conditioning"
@@ -49,15 +53,54 @@ class EncodeAudio(io.ComfyNode):
                     step=0.1,
                     tooltip="Use this much of it. 0 goes on to its end.",
                 ),
+                io.Float.Input(
+                    "gain_db",
+                    default=0.0,
+                    min=-LARGEST_GAIN_DB,
+                    max=LARGEST_GAIN_DB,
+                    step=0.5,
+                    tooltip="Louder, or softer below 0: the sound of the video alone. The audio encoder evens out a "
+                    "constant gain by itself, so lips do not depend on it.",
+                ),
+                io.Boolean.Input(
+                    "normalize",
+                    default=False,
+                    tooltip="Before gain_db: one constant gain to an RMS level of -20 dBFS, less where peaks would "
+                    "exceed -1 dBFS. Plain RMS, pauses included, not LUFS.",
+                ),
             ],
             outputs=[S2VVoice.Output(display_name="voice")],
         )
 
     @classmethod
-    def execute(cls, audio_encoder, audio, start_seconds, seconds) -> io.NodeOutput:
+    def execute(cls, audio_encoder, audio, start_seconds, seconds, gain_db, normalize) -> io.NodeOutput:
         recording = recording_of(audio).cut(start_seconds, seconds or None)
+        if normalize:
+            recording = recording.levelled()
+        heard = recording.amplified(gain_db)  # by those who watch the video
         pipeline = S2VPipeline(bridge.ComfyNetworks(audio_encoder), bridge.check_interrupt)
-        return io.NodeOutput(pipeline.encode_voice(recording))
+        return io.NodeOutput(replace(pipeline.encode_voice(recording), recording=heard))
+
+
+class VoiceFromEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanS2VVoiceFromEncoder",
+            display_name="Wan S2V Voice from Audio Encoder",
+            category=CATEGORY,
+            description="Takes what ComfyUI's own AudioEncoderEncode heard instead of Wan S2V Encode Audio. The "
+            "encoder must be the model's, wav2vec 2.0 large (XLSR-53 English).",
+            inputs=[
+                io.AudioEncoderOutput.Input("audio_encoder_output", tooltip="Of AudioEncoderEncode, for this audio."),
+                io.Audio.Input("audio", tooltip="The same recording. It is the sound of the video."),
+            ],
+            outputs=[S2VVoice.Output(display_name="voice")],
+        )
+
+    @classmethod
+    def execute(cls, audio_encoder_output, audio) -> io.NodeOutput:
+        return io.NodeOutput(voice_of(audio_encoder_output, recording_of(audio)))
 
 
 class EncodeText(io.ComfyNode):

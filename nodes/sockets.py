@@ -8,10 +8,16 @@ import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
+from ..wan_s2v_core.conditioning.audio import resample_features
+from ..wan_s2v_core.conditioning.bundle import Voice
 from ..wan_s2v_core.conditioning.pose import frames_at
 from ..wan_s2v_core.errors import ConfigError
-from ..wan_s2v_core.io.audio import Recording
+from ..wan_s2v_core.io.audio import Recording, check_recording
 from ..wan_s2v_core.io.video import DrivingVideo
+from ..wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ
+
+LARGEST_DIFFERENCE_SECONDS = 0.1
+"""By which a recording and what was heard of it may differ: the encoder needs 25 ms for a feature at the end."""
 
 S2VModel = io.Custom("WAN_S2V_MODEL")
 S2VTextEncoder = io.Custom("WAN_S2V_TEXT_ENCODER")
@@ -42,6 +48,29 @@ def audio_of(recording: Recording, seconds: float) -> dict[str, Any]:
     samples = recording.samples[:, :length]
     filled = torch.nn.functional.pad(samples, (0, length - samples.shape[1]))
     return {"waveform": filled[None], "sample_rate": recording.rate_hz}
+
+
+def voice_of(heard: Any, recording: Recording) -> Voice:
+    """AUDIO_ENCODER_OUTPUT and the recording it was made from -> what Wan S2V Encode Audio would give.
+
+    Raises:
+        ConfigError: if it holds no layers, or those of another recording.
+    """
+    check_recording(recording)
+    layers = heard.get("encoded_audio_all_layers") if isinstance(heard, dict) else None
+    shapes = {tuple(layer.shape[1:]) for layer in layers or ()}
+    if len(shapes) != 1 or len(*shapes) != 2:
+        raise ConfigError(
+            "audio_encoder_output holds no layers of an audio encoder (batch, time, width). Connect AudioEncoderEncode."
+        )
+    seconds = layers[0].shape[1] / SPEECH_FEATURE_HZ
+    if abs(seconds - recording.seconds) > LARGEST_DIFFERENCE_SECONDS:
+        raise ConfigError(
+            f"audio_encoder_output was made from {seconds:.2f} s of sound, audio lasts {recording.seconds:.2f} s. "
+            "Connect the same recording to both."
+        )
+    states = torch.cat([layer[:1] for layer in layers])  # A T E
+    return Voice(recording, resample_features(states.float(), SPEECH_FEATURE_HZ).cpu())
 
 
 def picture_of(image: Tensor) -> Tensor:

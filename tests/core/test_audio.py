@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.conditioning.audio import audio_embeddings, clip_count, frame_indices, resample_features
+from wan_s2v_core.errors import ConfigError
+from wan_s2v_core.io.audio import Recording
 from wan_s2v_core.model.audio_encoder import SpeechEncoder, normalize_waveform
 
 SETTINGS = {
@@ -85,3 +87,61 @@ def test_indices_follow_the_clock():
     indices = frame_indices(1000, 160, 16)
     assert indices[0] == 0 and indices[16] == 30 and indices[80] == 150
     assert (np.diff(indices) >= 1).all()
+
+
+def level_db(samples: torch.Tensor) -> float:
+    return 10 * math.log10(float(samples.double().square().mean()))
+
+
+@given(gain_db=st.floats(-60, 60), channels=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_gain_is_in_decibels(gain_db, channels):
+    recording = Recording(0.1 * torch.randn(channels, 800), 16000)
+    louder = recording.amplified(gain_db)
+    assert louder.rate_hz == 16000 and louder.samples.dtype == torch.float32
+    assert level_db(louder.samples) - level_db(recording.samples) == pytest.approx(gain_db, abs=1e-4)
+    torch.testing.assert_close(louder.amplified(-gain_db).samples, recording.samples)
+
+
+@pytest.mark.parametrize("gain_db", [-60.1, 61.0, math.inf, math.nan])
+def test_gains_that_cannot_be_meant(gain_db):
+    with pytest.raises(ConfigError, match="gain_db="):
+        Recording(torch.randn(1, 800), 16000).amplified(gain_db)
+
+
+def test_gain_beyond_full_scale_is_kept_and_told(caplog):
+    recording = Recording(torch.tensor([[0.5, -0.6, 0.1, 0.0]]), 16000)
+    assert float(recording.amplified(6.0).samples.min()) < -1
+    assert "1 of 4 samples exceed full scale" in caplog.text
+    assert recording.amplified(0.0) is recording
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+def test_levelled_speech_has_one_level(scale):
+    even = torch.sin(torch.arange(16000) * 0.3)[None]
+    assert level_db(Recording(scale * even, 16000).levelled().samples) == pytest.approx(-20, abs=1e-3)
+    spiky = even.clone()
+    spiky[0, 100] = 40.0  # RMS alone would put this peak beyond full scale
+    made = Recording(scale * spiky, 16000).levelled().samples
+    assert 20 * math.log10(float(made.abs().max())) == pytest.approx(-1, abs=1e-3) and level_db(made) < -20
+    torch.testing.assert_close(made / made[0, 100], spiky / 40, msg="one gain for all of it")
+
+
+def test_silence_stays_silent():
+    assert not Recording(torch.zeros(2, 100), 16000).levelled().samples.any()
+    faint = Recording(torch.full((1, 100), 1e-6), 16000).levelled().samples
+    torch.testing.assert_close(faint, torch.full((1, 100), 1e-3), msg="raised by 60 dB at most")
+
+
+@pytest.mark.parametrize("gain_db", [-24.0, -6.0, 12.0, 40.0])
+def test_features_do_not_depend_on_a_constant_gain(gain_db, fresh_seed):
+    """So lips do not either: the encoder sees zero mean and unit variance, up to 1e-7 added to the variance."""
+    encoder = SpeechEncoder(SETTINGS | LARGE)
+    fill_random(encoder, fresh_seed)
+    recording = Recording(0.2 * torch.randn(1, 16000), 16000)
+    with torch.inference_mode():
+        expected = encoder.hidden_states(recording.speech())
+        found = encoder.hidden_states(recording.amplified(gain_db).speech())
+        levelled = encoder.hidden_states(recording.levelled().speech())
+    for states in (found, levelled):
+        assert float((states - expected).norm() / expected.norm()) < 1e-3

@@ -1,7 +1,8 @@
 """Fixtures of the nodes' tests: one real ComfyUI for all of them, with this pack linked in.
 
 python3 dev/run.py test sets COMFYUI_PATH and REQUIRE_COMFYUI. Without the first one there is nothing to test against;
-the second turns the skip into a failure, so that CI is never green on nothing.
+the second turns the skip into a failure, so that CI is never green on nothing. FRONTEND_ROOT names another
+frontend than the installed one: static/ of a comfyui_frontend_package.
 """
 
 import copy
@@ -52,7 +53,9 @@ def comfy(extra_models):
     paths = {"elsewhere": {"base_path": str(extra_models), "vae": "vae", "diffusion_models": "diffusion_models"}}
     config = extra_models / "extra_model_paths.yaml"
     config.write_text(json.dumps(paths), encoding="utf-8")  # JSON is YAML
-    arguments = ("--cpu", "--extra-model-paths-config", str(config))
+    arguments = ["--cpu", "--extra-model-paths-config", str(config)]
+    if frontend := os.environ.get("FRONTEND_ROOT"):
+        arguments += ["--front-end-root", frontend]
     variables = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     with ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables) as server:
         assert server.import_problems() == []

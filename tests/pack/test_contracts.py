@@ -94,6 +94,14 @@ def test_web_files_are_served(comfy):
     assert scripts <= set(comfy.client.get("/extensions"))
 
 
+def test_workflows_are_served_as_templates(comfy):
+    """A folder named example or examples in the pack would hide them: ComfyUI serves both under one address."""
+    listed = comfy.client.get("/workflow_templates")["wan_s2v"]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    for path in (path for path in (ROOT / "workflows").iterdir() if path.suffix in (".json", ".jpg")):
+        assert comfy.client.request(f"/api/workflow_templates/wan_s2v/{path.name}") == path.read_bytes()
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_name_only_what_is_there(path, schemas):
     prompt = json.loads(path.read_text(encoding="utf-8"))

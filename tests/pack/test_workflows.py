@@ -103,6 +103,19 @@ def test_a_stretch_of_the_sound(own, graph, film, comfy, inputs):
     np.testing.assert_allclose(shown.sound[0], source, atol=2 / 32768)
 
 
+def test_gain_and_level_change_the_sound_alone(own, graph, film, comfy, inputs):
+    """The same pictures, and the sound louder by what was asked."""
+    source = sound_of(comfy, inputs["LoadAudio"]["audio"])[:48000]
+    plain = film(graph(**own, format="lossless-mkv"))
+    softer = film(graph(**own, format="lossless-mkv", gain_db=-12.0))
+    np.testing.assert_allclose(softer.sound[0], source * 10 ** (-12 / 20), atol=2 / 32768)
+    levelled = film(graph(**own, format="lossless-mkv", normalize=True, gain_db=-3.0)).sound[0]
+    level = 20 * np.log10(np.sqrt(np.mean(levelled.astype(np.float64) ** 2)))
+    peak = 20 * np.log10(np.abs(levelled).max())
+    assert level == pytest.approx(-23, abs=0.02) or (peak == pytest.approx(-4, abs=0.02) and level < -23)
+    assert np.array_equal(softer.pictures, plain.pictures), "lips do not depend on the gain"
+
+
 def test_the_file_carries_prompt_and_workflow(graph, comfy, watch, new_seed):
     prompt, workflow = graph(seed=new_seed()), {"nodes": [], "note": "Größe 1:1 — “quoted”; = \\ \n#"}
     client = comfy.client

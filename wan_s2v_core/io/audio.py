@@ -25,6 +25,10 @@ SHORTEST_SPEECH_SAMPLES = 400
 """What wav2vec 2.0 needs for one feature: 25 ms at 16 kHz."""
 RESAMPLER_BLOCK = 1 << 16
 LARGEST_SHORTFALL_SECONDS = 0.5
+LARGEST_GAIN_DB = 60.0
+LEVEL_DBFS = -20.0
+"""RMS over all channels that `Recording.levelled` brings a recording to: about what speech is recorded at."""
+PEAK_DBFS = -1.0
 INTEGER_SCALES = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
 
@@ -55,9 +59,44 @@ class Recording:
         stop = None if seconds is None else start + max(1, round(seconds * self.rate_hz))
         return Recording(self.samples[:, start:stop], self.rate_hz)
 
+    def amplified(self, gain_db: float) -> "Recording":
+        """The same, louder by `gain_db`, or softer below 0. What gets beyond full scale is kept, and logged.
+
+        Raises:
+            ConfigError: if the gain is not from -60 to 60 dB.
+        """
+        if not abs(gain_db) <= LARGEST_GAIN_DB:
+            raise ConfigError(
+                f"gain_db={gain_db:g} is no usable gain. Use -60 to 60 dB; 0 leaves the sound as it is, 6 doubles it."
+            )
+        if not gain_db:
+            return self
+        samples = self.samples * factor(gain_db)
+        if beyond := int((samples.abs() > 1).sum()):
+            log.warning("%d of %d samples exceed full scale by gain_db=%g", beyond, samples.numel(), gain_db)
+        return Recording(samples, self.rate_hz)
+
+    def levelled(self) -> "Recording":
+        """The same by one constant gain: RMS at -20 dBFS, or less where the peak would exceed -1 dBFS.
+
+        Plain RMS over all channels and pauses, not loudness as ITU-R BS.1770 weighs it. Silence stays as it is, and
+        near silence is raised by 60 dB at most.
+        """
+        samples = self.samples.double()
+        rms, peak = samples.square().mean().sqrt(), samples.abs().amax() if samples.numel() else 0.0
+        if not 0 < peak < math.inf:
+            return self
+        gain = min(float(factor(LEVEL_DBFS) / rms), float(factor(PEAK_DBFS) / peak), factor(LARGEST_GAIN_DB))
+        return Recording((samples * gain).float(), self.rate_hz)
+
     def speech(self, rate_hz: int = SPEECH_HZ) -> Tensor:
         """N: the mean of the channels at `rate_hz`, float32, N rounded to the nearest sample; sample 0 stays first."""
         return resample(self.samples.float().mean(0, keepdim=True), self.rate_hz, rate_hz)[0]
+
+
+def factor(db: float) -> float:
+    """What a gain or level in dB multiplies amplitudes by."""
+    return 10 ** (db / 20)
 
 
 def check_stretch(start_seconds: float, seconds: float | None) -> None:

@@ -1,0 +1,41 @@
+// Open a workflow in ComfyUI's page with headless Chromium and print, as JSON, what the page made of it.
+//   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> node page.mjs ADDRESS WORKFLOW.json PROFILE_FOLDER
+import fs from 'node:fs'
+import path from 'node:path'
+import { createRequire } from 'node:module'
+
+const [address, workflow, profile] = process.argv.slice(2)
+const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_DIR, 'x.js'))('playwright-core')
+const browser = await chromium.launchPersistentContext(profile, {
+  executablePath: process.env.CHROMIUM,
+  headless: true,
+  viewport: { width: 1600, height: 1000 },
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking'],
+})
+try {
+  const page = browser.pages()[0] ?? (await browser.newPage())
+  await page.route('**/*', route => (route.request().url().startsWith('http') && !route.request().url().startsWith(address) ? route.abort() : route.continue()))
+  await page.goto(address, { waitUntil: 'domcontentloaded', timeout: 90000 })
+  await page.waitForFunction(() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.WanS2VSample, null, { timeout: 90000 })
+  await page.waitForTimeout(1500)
+  const errors = []
+  page.on('pageerror', error => errors.push(String(error)))
+  const graph = JSON.parse(fs.readFileSync(workflow, 'utf8'))
+  const made = await page.evaluate(async graph => {
+    await window.app.loadGraphData(graph, true, true, 'test')
+    const slots = list => (list ?? []).map(slot => [slot.name, slot.label ?? slot.localized_name ?? slot.name])
+    const nodes = window.app.graph.nodes.map(node => ({
+      type: node.type,
+      title: node.title,
+      known: node.type in window.LiteGraph.registered_node_types,
+      category: window.LiteGraph.registered_node_types[node.type]?.category,
+      widgets: (node.widgets ?? []).map(widget => [widget.name, widget.label ?? widget.name]),
+      inputs: slots(node.inputs),
+      outputs: slots(node.outputs),
+    }))
+    return { nodes, prompt: (await window.app.graphToPrompt()).output, version: window.__COMFYUI_FRONTEND_VERSION__ }
+  }, graph)
+  console.log(JSON.stringify({ ...made, errors }))
+} finally {
+  await browser.close()
+}
