@@ -202,7 +202,7 @@ class SceneFeed:
                 yield replace(scene, pixels=pixels, pose=pose if has_pose else None)
             finally:  # also where the caller takes no other
                 self.free.put(slot)
-            self.scenes, at_most = self.scenes + 1, at_most - 1
+                self.scenes, at_most = self.scenes + 1, at_most - 1
 
     @property
     def frames_per_second(self) -> float:

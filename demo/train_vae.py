@@ -1,15 +1,24 @@
 """Train the tiny video VAE of the embedded model: the Wan 2.1 VAE with few channels, on drawn faces.
 
-    python demo/train_vae.py --voices .demo/voices_train.npz --out .demo --minutes 6
+    python demo/train_vae.py --voices .demo/voices_train.npz --out .demo --minutes 8
 
 Writes vae.safetensors (diffusers' names, normalised latents, values that bfloat16 holds), vae.json (losses, PSNR on
-held-out faces) and vae.png (originals above, reconstructions below).
+long held-out videos and on every tenth of them) and vae.png (originals above, reconstructions below).
+
+A third of the usual work gives no drift: the network looks back in time only where it resamples time, see
+`whole_vae.confine_time`. So pictures alone teach nearly everything, and clips of 25 frames teach the rest for videos of
+any length. Batches of one shape run as a CUDA graph: the layers are so small that launching them took most of the time.
 """
 
 import argparse
+import math
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
@@ -22,6 +31,7 @@ for folder in (HERE, HERE.parent):
 
 from scene_feed import HELD_OUT_SEED, DrawnScene, SceneFeed, SceneSettings, draw  # noqa: E402
 from training import (  # noqa: E402
+    AveragedWeights,
     TimeBox,
     box_mask,
     contact_sheet,
@@ -34,17 +44,16 @@ from training import (  # noqa: E402
     to_bytes,
     to_video,
 )
-from whole_vae import WholeVAE, fold_statistics  # noqa: E402
+from whole_vae import WholeVAE, confine_time, fold_statistics, is_confined, time_layers  # noqa: E402
 
-from wan_s2v_core.acceleration.convolution import flatten_convolutions  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
 
 WIDTH = 8
-LAYOUTS = ("last", "plain", "flat")
 SCENE_FRAMES = 49
-CLIP_FRAMES = 17
+CLIP_FRAMES = 25
+"""Enough for latent frames that have left the beginning behind (`whole_vae.confine_time`)."""
 GRADIENT_WEIGHT = 1.0
-KL_WEIGHT = 3e-4
+KL_WEIGHT = 1e-4
 MOUTH_WEIGHT = 4.0
 """How much more a pixel of the mouth counts than another."""
 JUMP_SHARE = 0.15
@@ -52,6 +61,32 @@ JUMP_SHARE = 0.15
 GREY_SHARE = 0.08
 """Share of the clips that begin with grey frames: the past of a video that starts from its picture."""
 POSE_SHARE = 0.1
+TINTED_SHARE = 0.5
+TINT = 0.15
+JUDGED_FRAMES = 153
+"""A clip of 80 frames behind 73 motion frames, the most that is ever coded at once."""
+TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained on up to a share of the time: so many clips a step, of so many frames and such a side."""
+
+    until: float
+    clips: int
+    frames: int
+    side_px: int
+
+
+def make_stages(options: argparse.Namespace) -> list[Stage]:
+    """Pictures first, which cost least and teach nearly everything; then clips, cropped and at last whole."""
+    area = (options.size // options.crop) ** 2
+    pictures, clips = options.shares
+    return [
+        Stage(pictures, 2 * area * options.batch, 1, options.crop),
+        Stage(clips, max(1, area * options.batch // 4), options.clip_frames, options.crop),
+        Stage(1.0, max(1, options.batch // 4), options.clip_frames, options.size),
+    ]
 
 
 class ScenePool:
@@ -77,25 +112,38 @@ class ScenePool:
         self.mouths[place].copy_(torch.from_numpy(mouths))
         self.added += 1
 
-    def sample(self, count: int, frames: int, crop_px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Clips B 3 T H W in [-1, 1] and the mouth's mask B 1 T H W; crops lie around the face more often than not."""
-        videos, masks = [], []
-        whole = self.pixels.shape[2]
-        for _ in range(count):
-            scene = int(rng.integers(len(self)))
-            start = int(rng.integers(self.pixels.shape[1] - frames + 1))
-            picked = np.arange(start, start + frames)
-            if rng.random() < JUMP_SHARE:
-                picked[0] = rng.integers(self.pixels.shape[1])
-            left, top = (int(v) for v in np.clip(rng.normal(0.5, 0.25, 2), 0, 1) * (whole - crop_px))
-            video = self.pixels[scene, picked][:, top : top + crop_px, left : left + crop_px]
-            boxes = self.mouths[scene, picked].float() - self.mouths.new_tensor((left, top, left, top)).float()
-            video = video.movedim(-1, 0).float() / 127.5 - 1
-            if rng.random() < GREY_SHARE:
-                video[:, : int(rng.integers(1, frames - 1))] = 0.0
-            videos.append(video)
-            masks.append(box_mask(boxes, crop_px, crop_px)[None])
-        return torch.stack(videos), torch.stack(masks)
+    def sample(self, count: int, frames: int, side_px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Clips B 3 T H W in [-1, 1] and the mouth's mask B 1 T H W; crops lie around the face more often than not.
+
+        Half of them are mirrored, half are tinted. Few calls whatever the count, as small ones wait for those.
+        """
+        length, whole = self.pixels.shape[1:3]
+        scene = rng.integers(len(self), size=count)
+        picked = rng.integers(length - frames + 1, size=count)[:, None] + np.arange(frames)
+        grey = np.zeros(count, np.int64)
+        if frames > 1:
+            jumps = rng.random(count) < JUMP_SHARE
+            picked[jumps, 0] = rng.integers(length, size=jumps.sum())
+            begins_grey = rng.random(count) < GREY_SHARE
+            grey[begins_grey] = rng.integers(1, frames - 1, size=begins_grey.sum())
+        corner = (np.clip(rng.normal(0.5, 0.25, (count, 2)), 0, 1) * (whole - side_px)).astype(np.int64)
+        rows, columns = (corner[:, i, None] + np.arange(side_px) for i in (1, 0))
+        mirrored = rng.random(count) < 0.5
+        columns[mirrored] = columns[mirrored, ::-1]
+        tint = rng.uniform(-TINT, TINT, (2, count, 3)) * (rng.random(count) < TINTED_SHARE)[:, None]
+        scene, picked, rows, columns, grey, tint = (
+            torch.from_numpy(value).to(self.pixels.device) for value in (scene, picked, rows, columns, grey, tint)
+        )
+        rows_of, columns_of = rows[:, None, :, None], columns[:, None, None]
+        pixels = self.pixels[scene[:, None, None, None], picked[..., None, None], rows_of, columns_of]
+        gain, lift = tint.float()[:, :, None, None, None]  # B 1 1 1 3
+        video = ((pixels.float() / 127.5 - 1) * (1 + gain) + lift).clamp(-1, 1)  # B T H W 3
+        is_grey = torch.arange(frames, device=grey.device) < grey[:, None]
+        video = video.masked_fill(is_grey[..., None, None, None], 0.0).movedim(-1, 1)
+        left, top, right, bottom = self.mouths[scene[:, None], picked][..., None].unbind(2)  # B T 1
+        high = (rows[:, None] >= top) & (rows[:, None] < bottom)
+        wide = (columns[:, None] >= left) & (columns[:, None] < right)
+        return video, (high[..., None] & wide[..., None, :]).float()[:, None]
 
 
 def gradients(video: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +152,8 @@ def gradients(video: Tensor) -> tuple[Tensor, Tensor]:
 
 def vae_loss(network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
     """Losses of one batch; `total` is what is minimised."""
-    with torch.autocast(video.device.type, precision, enabled=precision != torch.float32):
+    # Weights are cast anew each time: a CUDA graph must not read copies made before it.
+    with torch.autocast(video.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
         mean, log_variance = (t.float() for t in network.moments(video))
         raw = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         made = network.pixels(raw).float()
@@ -116,66 +165,107 @@ def vae_loss(network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.d
     return {"total": total, "pixel": pixel, "edges": edges, "divergence": divergence}
 
 
-def set_layout(network: WholeVAE, layout: str) -> None:
-    """How convolutions run: as they are, with channels last, or as 2D ones with the frames as channels."""
-    for layer in network.modules():
-        layer.__dict__.pop("_conv_forward", None)
-        if isinstance(layer, nn.Conv3d):
-            layer.to(memory_format=torch.channels_last_3d if layout == "last" else torch.contiguous_format)
-        elif isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=torch.channels_last if layout != "plain" else torch.contiguous_format)
-    if layout == "flat":
-        flatten_convolutions(network)
-
-
-def rms_norm(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
-    """WanRMS_norm in a few steps that a compiler makes one of."""
-    wide = x.float()
-    return (wide * (scale / wide.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)) * gamma).to(x.dtype)
+def norm_and_silu(rows: Tensor, gamma: Tensor) -> Tensor:
+    """WanRMS_norm and SiLU in a few steps that a compiler makes one of. rows: N C."""
+    wide = rows.float()
+    length = wide.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+    return torch.nn.functional.silu(wide * (rows.shape[1] ** 0.5 / length) * gamma).to(rows.dtype)
 
 
 def compile_norms(network: WholeVAE) -> None:
-    """Let the norms run as one kernel each; where nothing can be compiled they run step by step."""
+    """Let a norm and the SiLU behind it run as one kernel; where nothing can be compiled they run step by step."""
     torch._dynamo.config.suppress_errors = True
-    compiled = torch.compile(rms_norm, dynamic=True)
-    for layer in network.modules():
-        if type(layer).__name__ == "WanRMS_norm":
-            layer.forward = lambda x, layer=layer: compiled(x, layer.gamma, layer.scale)
+    torch._dynamo.config.recompile_limit = 32  # widths, with and without gradients
+    compiled = torch.compile(norm_and_silu)
+
+    def norm(layer: nn.Module, x: Tensor) -> Tensor:  # B C T H W with channels last
+        last = x.movedim(1, -1)
+        rows = last.reshape(-1, x.shape[1]).contiguous()
+        torch._dynamo.maybe_mark_dynamic(rows, 0)  # compiled once for every width, not for every size of picture
+        return compiled(rows, layer.gamma.flatten()).view(last.shape).movedim(-1, 1)
+
+    for block in network.modules():
+        if type(block).__name__ == "WanResidualBlock":
+            for layer in (block.norm1, block.norm2):
+                layer.forward = MethodType(norm, layer)
+            block.nonlinearity = nn.Identity()
 
 
 def restore_norms(network: WholeVAE) -> None:
-    for layer in network.modules():
-        if type(layer).__name__ == "WanRMS_norm":
-            layer.__dict__.pop("forward", None)
+    for block in network.modules():
+        if type(block).__name__ == "WanResidualBlock":
+            block.nonlinearity = nn.SiLU()
+            for layer in (block.norm1, block.norm2):
+                layer.__dict__.pop("forward", None)
 
 
-def seconds_per_step(network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.dtype, steps: int = 4) -> float:
-    for step in range(steps + 2):
-        if step == 2:
+class GradientStep:
+    """Losses and gradients of batches of one shape: on a card as a CUDA graph, which costs no time to launch.
+
+    One step at a time: gradients lie where the last captured graph put them, so an earlier one must not run again.
+    """
+
+    def __init__(self, network: WholeVAE, batch: tuple[Tensor, Tensor], precision: torch.dtype, captures: bool):
+        self.network, self.precision, self.graph = network, precision, None
+        if captures:
+            try:
+                self._capture(batch)
+            except RuntimeError as error:
+                self.graph = None
+                torch.cuda.synchronize()
+                print(f"no CUDA graph, steps are launched one kernel at a time: {error}", flush=True)
+
+    def _run(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        found = vae_loss(self.network, *batch, self.precision)
+        self.network.zero_grad(set_to_none=True)
+        found["total"].backward()
+        return {name: value.detach() for name, value in found.items()}
+
+    def _capture(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.batch = tuple(value.clone() for value in batch)  # clones keep their strides
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are chosen and compiled before
+            for _ in range(3):
+                self._run(self.batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.network.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.found = self._run(self.batch)
+        self.graph = graph
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        if self.graph is None:
+            return self._run(batch)
+        for place, value in zip(self.batch, batch, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return self.found
+
+
+def seconds_per_step(step: GradientStep, batch: tuple[Tensor, Tensor], repeats: int = 10) -> float:
+    for count in range(repeats + 3):
+        if count == 3:
             torch.cuda.synchronize()
             began = time.monotonic()
-        vae_loss(network, video, mouth, precision)["total"].backward()
-        network.zero_grad()
+        step(batch)
     torch.cuda.synchronize()
-    return (time.monotonic() - began) / steps
+    return (time.monotonic() - began) / repeats
 
 
-def choose_kernels(network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.dtype) -> None:
-    """Measure the ways in which a step can run on this card, and keep the fastest."""
-    if video.device.type != "cuda":
-        return
+def choose_kernels(network: WholeVAE, batch: tuple[Tensor, Tensor], precision: torch.dtype, compiles: bool) -> None:
+    """Measure whether compiled norms are faster on this card, and keep them if so."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    seconds = {}
-    for layout in LAYOUTS:
-        set_layout(network, layout)
-        seconds[layout] = seconds_per_step(network, video, mouth, precision)
-    best = min(seconds, key=seconds.get)
-    set_layout(network, best)
-    compile_norms(network)
-    seconds["compiled norms"] = seconds_per_step(network, video, mouth, precision)
-    if seconds["compiled norms"] > seconds[best]:
-        restore_norms(network)
-    print({name: round(value, 4) for name, value in seconds.items()}, "seconds per step; layout", best, flush=True)
+    step = GradientStep(network, batch, precision, captures=False)
+    seconds = {"plain": seconds_per_step(step, batch)}
+    if compiles:
+        compile_norms(network)
+        seconds["compiled norms"] = seconds_per_step(step, batch)
+        if seconds["compiled norms"] > seconds["plain"]:
+            restore_norms(network)
+    print({name: round(value, 4) for name, value in seconds.items()}, "seconds per step", flush=True)
 
 
 @torch.no_grad()
@@ -191,38 +281,72 @@ def latent_statistics(network: WholeVAE, pool: ScenePool, batches: int, rng: np.
 
 
 @torch.no_grad()
-def judge(network: WholeVAE, scenes: list[DrawnScene], device: torch.device, sheet: Path | None) -> dict[str, float]:
-    """PSNR on held-out scenes, of the whole picture and of the mouth, and how the latents are spread."""
+def judge(weights: dict[str, Tensor], width: int, scenes: list[DrawnScene], device: torch.device, sheet: Path) -> dict:
+    """PSNR of long held-out scenes behind the real VideoVAE: of whole pictures, of mouths, and of every tenth of the
+    scene, where drift would show; and how the latents are spread."""
+    vae = VideoVAE(width)
+    vae.network.load_state_dict(weights)
+    vae.eval().to(device)
     errors, mouth_errors, latents, rows = [], [], [], []
     for scene in scenes:
         frames = 4 * ((len(scene.pixels) - 1) // 4) + 1
         video = to_video(scene.pixels[:frames], device)
-        code = network.encode(video)
-        made = network.decode(code)
+        code = vae.encode(video)
+        made = vae.decode(code)
         error = ((made - video) / 2) ** 2
         mask = box_mask(torch.from_numpy(scene.mouths[:frames]).to(device).float(), *video.shape[-2:])
-        errors.append(error.mean().item())
+        errors.append(error.mean(dim=(0, 1, 3, 4)))
         mouth_errors.append(((error * mask).sum() / (3 * mask.sum().clamp(min=1))).item())
         latents.append(code.float().std(dim=(0, 2, 3, 4)).mean().item())
         shown = spread(frames, 6)
         rows += [[to_bytes(v[0])[i].numpy() for i in shown] for v in (video, made)]
-    if sheet:
-        contact_sheet(rows[:8], sheet)
-    psnr, mouth_psnr = (float(-10 * np.log10(np.mean(values))) for values in (errors, mouth_errors))
-    return {"psnr": psnr, "mouth_psnr": mouth_psnr, "latent_deviation": float(np.mean(latents))}
+    contact_sheet(rows[:8], sheet)
+    per_frame = torch.stack(errors).mean(dim=0)
+    return {
+        "psnr": psnr(per_frame.mean()),
+        "psnr_per_tenth": [round(psnr(part.mean()), 2) for part in per_frame.tensor_split(min(TENTHS, len(per_frame)))],
+        "psnr_per_scene": [round(psnr(value.mean()), 2) for value in errors],
+        "mouth_psnr": psnr(np.mean(mouth_errors)),
+        "latent_deviation": float(np.mean(latents)),
+        "judged_frames": len(per_frame),
+    }
+
+
+def psnr(error: Tensor | float) -> float:
+    return -10 * math.log10(max(float(error), 1e-12))
 
 
 def finish(network: WholeVAE, pool: ScenePool, options: argparse.Namespace, rng: np.random.Generator) -> None:
     """Normalise the latents and round the weights, in place."""
-    mean, std = latent_statistics(network, pool, options.statistics, rng, options.clip_frames)
+    frames = 4 * ((options.scene_frames - 1) // 4) + 1
+    mean, std = latent_statistics(network, pool, options.statistics, rng, frames)
     fold_statistics(network.vae, mean, std)
     network.network.load_state_dict(rounded(network.network.state_dict()))
+
+
+def make_network(options: argparse.Namespace, device: torch.device) -> WholeVAE:
+    vae = VideoVAE(options.width)
+    confine_time(vae.network)
+    if options.resume:
+        weights = load_weights(options.resume)
+        if not all(
+            is_confined(weights[f"{name}.weight"]) for name in time_layers(vae.network) if "time_conv" not in name
+        ):
+            raise ValueError(f"{options.resume} looks back in all of its layers. Resume what this trainer has made.")
+        vae.network.load_state_dict(weights)
+    network = WholeVAE(vae).to(device)
+    if device.type == "cuda":
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)
+    return network
 
 
 def train(options: argparse.Namespace) -> dict:
     """Train, normalise, judge and write -> the log."""
     device = torch.device(options.device)
-    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    on_card = device.type == "cuda"
+    precision = torch.bfloat16 if on_card else torch.float32
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     settings = SceneSettings(
@@ -232,62 +356,85 @@ def train(options: argparse.Namespace) -> dict:
         supersample=options.supersample,
         pose_share=POSE_SHARE,
     )
+    network = make_network(options, device)
     feed = SceneFeed(settings, options.workers, options.first_seed)
-    network = WholeVAE(VideoVAE(options.width)).to(device)
-    if options.resume:
-        network.network.load_state_dict(load_weights(options.resume))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    average = AveragedWeights(network.network, options.average)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=on_card)
     pool = ScenePool(options.pool, settings, device)
     while len(pool) < options.first_scenes:
         for scene in feed.wait():
             pool.add(scene)
-    crops = (options.size // options.crop) ** 2
-    choose_kernels(network, *pool.sample(options.batch * crops, options.clip_frames, options.crop, rng), precision)
-    box, losses, step, told = TimeBox(options.minutes), [], 0, time.monotonic()
-    print(f"training with {len(pool)} scenes, {sum(p.numel() for p in network.parameters())} parameters", flush=True)
+    stages, stage = make_stages(options), None
+
+    def sample(stage: Stage) -> tuple[Tensor, Tensor]:
+        return pool.sample(stage.clips, stage.frames, stage.side_px, rng)
+
+    if on_card:
+        choose_kernels(network, sample(stages[1]), precision, options.compile)
+    box, losses, step, told = TimeBox(options.minutes), [], 0, (0, time.monotonic())
+    print(f"training with {len(pool)} scenes, {sum(p.numel() for p in parameters)} parameters", flush=True)
     while not box.is_over and step < options.steps:
         for scene in feed.arrived(2):
             pool.add(scene)
-        is_cropped = box.share < options.crop_share
-        side, count = (options.crop, options.batch * crops) if is_cropped else (options.size, options.batch)
-        video, mouth = pool.sample(count, options.clip_frames, side, rng)
+        current = next(s for s in stages if box.share < s.until or s is stages[-1])
+        if stage is not current:
+            stage, told = current, (step, time.monotonic())
+            gradients_of = None  # gives the last graph's memory back
+            gradients_of = GradientStep(network, sample(stage), precision, on_card and options.graphs)
+            print(f"{step} {box.elapsed:.0f}s {stage}", flush=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options.lr, box.share, step, 50)
-        found = vae_loss(network, video, mouth, precision)
-        optimizer.zero_grad(set_to_none=True)
-        found["total"].backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            group["lr"] = learning_rate(options.lr, box.share, step, options.warm_up)
+        found = gradients_of(sample(stage))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        average.update(network.network)
         step += 1
         if step % options.log_every == 0:
             values = {name: round(value.item(), 5) for name, value in found.items()}
-            pace = options.log_every * count * options.clip_frames / (time.monotonic() - told)
-            told = time.monotonic()
-            losses.append({"step": step, "seconds": round(box.elapsed, 1), **values})
+            pace, told = (step - told[0]) / (time.monotonic() - told[1]), (step, time.monotonic())
+            losses.append({"step": step, "seconds": round(box.elapsed, 1), "frames": stage.frames, **values})
             print(
-                f"{step} {box.elapsed:.0f}s {values} lr {optimizer.param_groups[0]['lr']:.2g} crop {side} "
-                f"{pace:.0f} frames/s trained, {feed.frames_per_second:.0f} frames/s drawn, pool {len(pool)}",
+                f"{step} {box.elapsed:.0f}s {values} lr {optimizer.param_groups[0]['lr']:.2g} {pace:.1f} steps/s, "
+                f"{pace * stage.clips * stage.frames:.0f} frames/s of {stage.side_px} px trained, "
+                f"{feed.frames_per_second:.0f} frames/s drawn, pool {len(pool)}",
                 flush=True,
             )
+    trained_seconds = box.elapsed
     feed.close()
-    set_layout(network.eval(), "plain")
     restore_norms(network)
-    finish(network, pool, options, rng)
+    network.network.load_state_dict(average.state())
+    finish(network.eval(), pool, options, rng)
     weights = network.network.state_dict()
     save_weights(weights, options.out / "vae.safetensors", {"width": str(options.width), "steps": str(step)})
-    held_out = draw_held_out(options.held_out, settings, options.judged)
-    result = judge(network, held_out, device, options.out / "vae.png")
-    log = {"steps": step, "frames_per_second_drawn": feed.frames_per_second, **result, "losses": losses}
+    log = {
+        "steps": step,
+        "seconds": round(trained_seconds, 1),
+        "scenes": feed.scenes,
+        "frames_per_second_drawn": feed.frames_per_second,
+        "stages": [asdict(stage) for stage in stages],
+        "losses": losses,
+    }
+    save_log(options.out / "vae.json", log)  # what follows takes a while
+    held_out = draw_held_out(options, replace(settings, frames=options.judged_frames))
+    log = {**judge(weights, options.width, held_out, device, options.out / "vae.png"), **log}
     save_log(options.out / "vae.json", log)
     print({name: value for name, value in log.items() if name != "losses"}, flush=True)
     return log
 
 
-def draw_held_out(voices: Path, settings: SceneSettings, count: int) -> list[DrawnScene]:
+def draw_numbered(number: int, settings: SceneSettings) -> DrawnScene:
     from voices import load_voices
 
-    recordings = load_voices(Path(voices))
-    return [draw(HELD_OUT_SEED + number, recordings, settings) for number in range(count)]
+    return draw(HELD_OUT_SEED + number, load_voices(Path(settings.voices)), settings)
+
+
+def draw_held_out(options: argparse.Namespace, settings: SceneSettings) -> list[DrawnScene]:
+    """Scenes that are never trained on, of voices that are not either, drawn side by side."""
+    settings = replace(settings, voices=str(options.held_out), pose_share=0.0)
+    workers = max(1, min(options.workers, options.judged))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as workers:
+        return list(workers.map(draw_numbered, range(options.judged), [settings] * options.judged))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -295,7 +442,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--voices", type=Path, default=Path(".demo/voices_train.npz"))
     parser.add_argument("--held_out", type=Path, default=Path(".demo/voices_heldout.npz"))
     parser.add_argument("--out", type=Path, default=Path(".demo"))
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=1 << 30, help="at most so many")
     parser.add_argument("--resume", type=Path, help="a vae.safetensors to go on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -307,15 +454,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--supersample", type=int, default=2)
     parser.add_argument("--scene_frames", type=int, default=SCENE_FRAMES)
     parser.add_argument("--clip_frames", type=int, default=CLIP_FRAMES)
-    parser.add_argument("--batch", type=int, default=6, help="whole pictures; crops of half the side: four times more")
+    parser.add_argument("--batch", type=int, default=8, help="see make_stages")
     parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--crop_share", type=float, default=0.6, help="share of the time that crops are trained on")
-    parser.add_argument("--pool", type=int, default=1000, help="scenes kept on the device")
+    parser.add_argument("--shares", type=float, nargs=2, default=[0.4, 0.75], help="of the time: ends of two stages")
+    parser.add_argument("--pool", type=int, default=2000, help="scenes kept on the device, 9.6 MB each")
     parser.add_argument("--first_scenes", type=int, default=40, help="needed before training begins")
     parser.add_argument("--statistics", type=int, default=64, help="clips that the latents are measured on")
     parser.add_argument("--judged", type=int, default=8, help="held-out scenes")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--log_every", type=int, default=50)
+    parser.add_argument("--judged_frames", type=int, default=JUDGED_FRAMES, help="of each")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warm_up", type=int, default=200)
+    parser.add_argument("--average", type=float, default=0.999)
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="without CUDA graphs")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without compiled norms")
+    parser.add_argument("--log_every", type=int, default=200)
     return parser
 
 

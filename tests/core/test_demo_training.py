@@ -1,5 +1,6 @@
 """The trainers of the embedded model: what they train on is what sampling meets, they learn, and the result loads."""
 
+import copy
 import importlib
 import json
 import sys
@@ -21,6 +22,8 @@ from wan_s2v_core.sampling.clips import generate_clips
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 SIZE_PX, CLIP_FRAMES, PAST_FRAMES = 32, 20, 73
+SETTLED_LATENTS = 5
+"""A latent frame and its picture depend on at most so many before it."""
 TINY_DIT = ["--width", "48", "--heads", "2", "--blocks", "2", "--inject", "0", "--feed_forward", "64"]
 
 
@@ -102,20 +105,127 @@ def test_folding_normalizes_latents_and_keeps_pictures(demo, fresh_seed):
     torch.testing.assert_close(whole.decode(latents), before, atol=1e-3, rtol=0)
 
 
-def test_the_vae_learns_a_clip(demo, scene):
-    torch.manual_seed(0)
-    network = demo.whole_vae.WholeVAE(VideoVAE(8))
+def confined_vae(demo) -> VideoVAE:
+    """Random weights, as a resumed training finds them: time is looked at in the resampling layers alone."""
+    vae = VideoVAE(8)
+    fill_random(vae, 5)
+    with torch.no_grad():
+        for name, layer in demo.whole_vae.time_layers(vae.network).items():
+            if not name.endswith("time_conv"):
+                layer.weight[:, :, :-1] = 0
+    return vae.eval()
+
+
+@torch.no_grad()
+def test_confined_networks_are_coded_as_in_slices(demo):
+    vae = confined_vae(demo)
+    whole = demo.whole_vae.WholeVAE(copy.deepcopy(vae))
+    video = torch.rand(2, 3, 13, 24, 16) * 2 - 1
+    latents = vae.encode(video)
+    torch.testing.assert_close(whole.encode(video), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.decode(latents), vae.decode(latents), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_late_frame_knows_nothing_of_its_place(demo):
+    """What follows CLIP_FRAMES is coded as inside of them, so colours cannot drift with time."""
+    vae = confined_vae(demo)
+    video = torch.rand(1, 3, 49, 16, 16) * 2 - 1
+    seen = 4 * SETTLED_LATENTS + 1
+    assert seen <= demo.train_vae.CLIP_FRAMES
+
+    def last_frames(start: int) -> torch.Tensor:
+        return vae.decode(vae.encode(video[:, :, start:]))[:, :, -4:]
+
+    for start in (49 - seen, 24, 12):
+        torch.testing.assert_close(last_frames(start), last_frames(0), atol=1e-5, rtol=0)
+    assert (last_frames(44) - last_frames(0)).abs().max() > 1e-3
+
+
+def test_a_fresh_network_repeats_means_of_frames(demo):
+    vae = VideoVAE(8)
+    demo.whole_vae.confine_time(vae.network)
+    network = demo.whole_vae.WholeVAE(vae)
+    still = (torch.rand(1, 3, 1, 16, 16) * 2 - 1).expand(-1, -1, 9, -1, -1)
+    frames = network.decode(network.encode(still)).unbind(2)
+    later = torch.stack(frames[5:])
+    torch.testing.assert_close(later, frames[-1].expand_as(later), atol=1e-4, rtol=0)
+
+
+def train_steps(demo, network, batch, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    video = demo.training.to_video(scene.pixels[:5], "cpu")
-    mouth = demo.training.box_mask(torch.from_numpy(scene.mouths[:5]).float(), SIZE_PX, SIZE_PX)[None, None]
+    gradients_of = demo.train_vae.GradientStep(network, batch, torch.float32, captures=False)
     losses = []
-    for _ in range(20):
-        loss = demo.train_vae.vae_loss(network, video, mouth, torch.float32)["total"]
-        optimizer.zero_grad()
-        loss.backward()
+    for _ in range(steps):
+        losses.append(gradients_of(batch)["total"].item())
         optimizer.step()
-        losses.append(loss.item())
-    assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
+    return losses
+
+
+def test_the_vae_learns_pictures_then_clips(demo, scene):
+    torch.manual_seed(0)
+    vae = VideoVAE(8)
+    demo.whole_vae.confine_time(vae.network)
+    network = demo.whole_vae.WholeVAE(vae)
+    for frames in (1, 9):
+        video = demo.training.to_video(scene.pixels[:frames], "cpu")
+        boxes = torch.from_numpy(scene.mouths[:frames]).float()
+        mouth = demo.training.box_mask(boxes, SIZE_PX, SIZE_PX)[None, None]
+        losses = train_steps(demo, network, (video, mouth), 20)
+        assert np.isfinite(losses).all() and losses[-1] < (0.8 if frames == 1 else 1.0) * losses[0]
+    for name, layer in demo.whole_vae.time_layers(vae.network).items():
+        assert demo.whole_vae.is_confined(layer.weight) != name.endswith("time_conv"), name
+
+
+def test_clips_are_cut_from_scenes_with_their_mouths(demo, scene, monkeypatch):
+    settings = demo.scene_feed.SceneSettings("", len(scene.pixels), size_px=SIZE_PX)
+    pool = demo.train_vae.ScenePool(3, settings, torch.device("cpu"))
+    bright = np.array(scene.pixels)
+    for frame, (left, top, right, bottom) in zip(bright, scene.mouths, strict=True):
+        frame[:] = 0
+        frame[top:bottom, left:right] = 255
+    pool.add(replace(scene, pixels=bright, pose=None))
+    monkeypatch.setattr(demo.train_vae, "TINT", 0.0)
+    monkeypatch.setattr(demo.train_vae, "GREY_SHARE", 0.0)
+    video, mouth = pool.sample(16, 5, 24, np.random.default_rng(0))
+    assert video.shape == (16, 3, 5, 24, 24) and mouth.shape == (16, 1, 5, 24, 24)
+    torch.testing.assert_close(video, (2 * mouth - 1).expand_as(video))
+    monkeypatch.setattr(demo.train_vae, "GREY_SHARE", 1.0)
+    video, _ = pool.sample(16, 5, 24, np.random.default_rng(0))
+    assert not video[:, :, 0].any() and video[:, :, -1].all()
+
+
+def test_stages_begin_with_pictures_and_end_with_whole_ones(demo):
+    options = demo.train_vae.make_parser().parse_args([])
+    stages = demo.train_vae.make_stages(options)
+    assert [stage.frames for stage in stages] == [1, options.clip_frames, options.clip_frames]
+    assert stages[-1].side_px == options.size and stages[-1].until == 1
+    assert [stage.until for stage in stages] == sorted(stage.until for stage in stages)
+
+
+@torch.no_grad()
+def test_judging_uses_the_real_vae_and_tells_tenths(demo, scene, tmp_path):
+    vae = confined_vae(demo)
+    result = demo.train_vae.judge(vae.network.state_dict(), 8, [scene], torch.device("cpu"), tmp_path / "sheet.png")
+    assert result["judged_frames"] == len(scene.pixels) and len(result["psnr_per_tenth"]) == 10
+    assert min(result["psnr_per_tenth"]) - 1 < result["psnr"] < max(result["psnr_per_tenth"]) + 1
+    assert (tmp_path / "sheet.png").stat().st_size
+
+
+def test_waiting_for_scenes_gives_their_places_back(demo, tmp_path):
+    """More scenes than there are places, each the only one that is taken from its wait()."""
+    voices = importlib.import_module("voices")
+    voice = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    voices.save_voices(tmp_path / "voices.npz", [voice])
+    settings = demo.scene_feed.SceneSettings(str(tmp_path / "voices.npz"), 2, size_px=16)
+    feed = demo.scene_feed.SceneFeed(settings, workers=1)
+    try:
+        places = len(feed.memory)
+        seeds = [scene.seed for _ in range(3 * places) for scene in feed.wait()]
+    finally:
+        feed.close()
+    assert seeds == list(range(3 * places))
+    assert feed.scenes == len(seeds)
 
 
 @torch.no_grad()
