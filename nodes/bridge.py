@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.config import ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
-from ..wan_s2v_core.io.clip_store import StoredClips
+from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory import Home
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, load
@@ -186,6 +186,11 @@ class ComfyNetworks:
                 patcher.detach()
                 manager.soft_empty_cache()
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where each network comes from."""
+        return {kind: Path(model.recipe.path) for kind, model in self.models.items()}
+
     def _patcher(self, kind: str) -> WholePatcher:
         """The network under ComfyUI's management, loaded unless it is there as it is wanted."""
         recipe, place, cpu = self.models[kind].recipe, self.models[kind].place, torch.device("cpu")
@@ -207,15 +212,19 @@ def say(node_id: str, text: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
-def step_reporter(node_id: str, clips: int, steps: int) -> Callable[[int, int, Tensor], None]:
-    """Progress over all clips and steps with a preview picture; raises when the user has pressed cancel."""
+def step_reporter(node_id: str, clips: int, steps: int, finished: int = 0) -> Callable[[int, int, Tensor], None]:
+    """Progress over all clips and steps with a preview picture; raises when the user has pressed cancel.
+
+    Args:
+        finished: clips of an earlier run; the time that is left is told from those behind them.
+    """
     bar, total, began = comfy.utils.ProgressBar(clips * steps), clips * steps, time.monotonic()
     latent_format = comfy.latent_formats.Wan21()
     previewer = Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
 
     def report(clip: int, step: int, clean: Tensor) -> None:
         done = clip * steps + step
-        left = (time.monotonic() - began) * (total - done) / done
+        left = (time.monotonic() - began) * (total - done) / (done - finished * steps)
         say(node_id, f"clip {clip + 1} of {clips}, step {step} of {steps}, {left:.0f} s left")
         middle = clean.shape[2] // 2
         preview = previewer.decode_latent_to_preview_image("JPEG", clean[:, :, middle : middle + 1].float())
@@ -229,8 +238,19 @@ def latent_of(latents: Tensor) -> dict[str, Tensor]:
     return {"samples": comfy.latent_formats.Wan21().process_out(latents.float().cpu())}
 
 
-def new_clips_folder() -> Path:
-    """Where the clips of one run are kept."""
+def find_clips(keys: Sequence[str]) -> EarlierClips | None:
+    """The longest beginning of a video in the output folder."""
+    root = Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
+    return find_earlier(sorted(root.iterdir()), keys) if root.is_dir() else None
+
+
+def clips_folder(earlier: EarlierClips | None) -> Path:
+    """Where the clips of a run are kept: that of a run which ended early and only had clips of this video, or a new
+    one. Clips of a run that did not end early, or that are to be kept, stay what they are."""
+    if earlier and earlier.is_all:
+        before = read_settings(earlier.folder)
+        if clips_in(earlier.folder) < before.get("clips", 0) and not before.get("keep_clips"):
+            return earlier.folder
     name = f"{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}"
     return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER / name
 

@@ -8,7 +8,7 @@ from ..wan_s2v_core.config import NOISES, OVERFLOWS, SIGMA_SPACINGS, SOLVERS, Ex
 from ..wan_s2v_core.io.clip_store import ClipStore
 from ..wan_s2v_core.model.checkpoint import DIT
 from ..wan_s2v_core.model.loading import find_part
-from ..wan_s2v_core.pipeline import S2VPipeline, check_fit
+from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, clip_keys
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, choose_routing
 from . import bridge
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
@@ -22,7 +22,7 @@ class Sample(io.ComfyNode):
             display_name="Wan S2V Sample",
             category="WanS2V/sampling",
             description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
-            f"output/{bridge.CLIPS_FOLDER}, and stay there when a run is cancelled.",
+            f"output/{bridge.CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
             inputs=[
                 S2VModel.Input("model"),
                 S2VVae.Input("vae", tooltip="Each clip is decoded, and its end encoded again for the next."),
@@ -160,13 +160,20 @@ class Sample(io.ComfyNode):
             "routing": routing.to_dict(),
             "split_experts": split_experts,
             "keep_clips": keep_clips,
+            "clips": conditioning.clips,
         }
-        store = ClipStore(bridge.new_clips_folder(), conditioning.video.fps, conditioning.recording, settings)
-        report = bridge.step_reporter(cls.hidden.unique_id, conditioning.clips, steps)
-        for clip in pipeline.generate(conditioning, sampling, report, usable):
+        job = conditioning.with_held_pose()
+        keys = clip_keys(job, sampling, usable, networks.paths, networks.loading)
+        earlier = bridge.find_clips(keys)
+        store = ClipStore(bridge.clips_folder(earlier), job.video.fps, job.recording, settings, keys, earlier)
+        finished = store.stored
+        if finished.clip_frames:
+            bridge.say(cls.hidden.unique_id, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
+        report = bridge.step_reporter(cls.hidden.unique_id, job.clips, steps, len(finished.clip_frames))
+        for clip in pipeline.generate(job, sampling, report, usable, finished):
             store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
         if usable:
             bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
         elif routing != ExpertRouting():
             bridge.say(cls.hidden.unique_id, describe_experts(config))
-        return io.NodeOutput(store.stored, bridge.latent_of(clip.latents))
+        return io.NodeOutput(store.stored, bridge.latent_of(store.stored.latents(job.clips - 1)))

@@ -57,7 +57,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
     from .config import ExpertRouting, SamplingConfig, VideoConfig
-    from .render import RenderRequest
+    from .render import RenderRequest, earlier_seed
 
     for flag, needs in NOT_YET.items():
         if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
@@ -92,6 +92,9 @@ def run_generate(options: argparse.Namespace) -> int:
         clips=options.num_clip,
         hears_past=options.hear_past,
     )
+    seed = options.base_seed if options.base_seed >= 0 else earlier_seed(Path(request.save_file))
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
     sampling = SamplingConfig(
         steps=options.sample_steps,
         shift=options.sample_shift,
@@ -99,7 +102,7 @@ def run_generate(options: argparse.Namespace) -> int:
         sigmas=options.sigmas,
         guidance_scale=max(1.0, options.sample_guide_scale),
         audio_guidance_scale=options.audio_guide_scale,
-        seed=options.base_seed if options.base_seed >= 0 else random.SystemRandom().randrange(2**31),
+        seed=seed,
         noise=options.noise,
     )
     routing = ExpertRouting(
@@ -217,7 +220,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--sample_shift", type=float, default=3.0, help="3 at 480p, 5 at 720p (default %(default)s)")
     add("--sample_solver", default="unipc", help="unipc, dpm++ or euler (default %(default)s)")
     add("--sample_guide_scale", type=float, default=4.5, help="1 or less: no guidance (default %(default)s)")
-    add("--base_seed", type=int, default=-1, help="-1: a new one every time")
+    add("--base_seed", type=int, default=-1, help="-1: a new one, or that of a run to go on with")
     add("--start_from_ref", action="store_true", help="the video begins as the picture")
     add(
         "--offload_model",

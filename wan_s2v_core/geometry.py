@@ -118,6 +118,11 @@ class ClipPlan:
     def start(self, clip: int) -> int:
         return sum(self.clip_frames[:clip]) - self.lead
 
+    def shown(self, clip: int) -> int:
+        """Frames that a clip adds to the video: without those that are cut at its start and end."""
+        first, end = sum(self.clip_frames[:clip]), sum(self.clip_frames[: clip + 1])
+        return min(end, self.skip + self.frames) - max(first, self.skip)
+
     @property
     def total(self) -> int:
         """Frames that all clips make, the skipped ones included."""

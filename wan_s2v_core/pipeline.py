@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from .acceleration.experts.router import set_routing, take_load
 from .conditioning.audio import FEATURE_HZ, resample_features
 from .conditioning.bundle import S2VConditioning, Voice
+from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, OutOfMemory
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
+from .io.clip_store import StoredClips
 from .memory import Networks, forward_bytes, vae_bytes, voice_bytes
 from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
+from .prepare import LoadPlan, picture_facts
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed
@@ -106,6 +109,22 @@ def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_laye
     ):
         if given != wanted:
             raise CheckpointError(f"{what} {given}, the DiT reads {wanted}. Use the parts that came with the DiT.")
+
+
+def clip_keys(
+    job: S2VConditioning,
+    config: SamplingConfig,
+    routing: ExpertRouting | None,
+    paths: Mapping[str, Path],
+    loading: LoadPlan,
+) -> ClipKeys:
+    """The keys of the clips that `generate` makes of this with networks from `paths` (kind -> file or folder)."""
+    facts = {
+        "networks": picture_facts(paths, loading),
+        "sampling": config.to_dict(),
+        "routing": routing and routing.to_dict(),
+    }
+    return ClipKeys(job, facts)
 
 
 @contextmanager
@@ -195,14 +214,18 @@ class S2VPipeline:
         config: SamplingConfig,
         on_step: Callable[[int, int, Tensor], None] | None = None,
         routing: ExpertRouting | None = None,
+        finished: StoredClips | None = None,
     ) -> Iterator[Clip]:
         """Yield clip after clip, each as soon as it is decoded; frames past the end of the plan are cut.
 
         Args:
             on_step: called with clip, step (from 1) and the clean latents it predicts; may raise to stop.
             routing: how experts are used; None for a model without.
+            finished: clips of an earlier run with the same keys; only those behind them are made.
         """
         self.expert_load = ExpertLoad()
+        if finished and len(finished.clip_frames) == conditioning.clips:
+            return
         job, device = conditioning, self.device
         height, width = (side // PIXELS_PER_LATENT for side in job.size_px)
         text, negative_text = job.text.to(device), job.negative_text.to(device)
@@ -224,13 +247,10 @@ class S2VPipeline:
 
         shapes = ((1, LATENT_CHANNELS, frames // FRAMES_PER_LATENT, height, width) for frames in job.plan.clip_frames)
         noises = (clip_noise(shape, config.seed, index, device, config.noise) for index, shape in enumerate(shapes))
-        left = job.plan.frames
         past, starts = job.video.motion_frames, job.video.starts_from_reference
         reference = job.reference.to(device)
-        for clip in generate_clips(sample, self.encode, self.decode, reference, past, noises, starts):
-            kept = clip.video[:, :, :left]
-            left -= kept.shape[2]
-            yield replace(clip, video=kept)
+        for clip in generate_clips(sample, self.encode, self.decode, reference, past, noises, starts, finished):
+            yield replace(clip, video=clip.video[:, :, : job.plan.shown(clip.index)])
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:
         """The voice, the pose and the past of one clip."""
@@ -246,13 +266,10 @@ class S2VPipeline:
         )
 
     def encode_pose(self, job: S2VConditioning, clip: int) -> Tensor | None:
-        """Pose latents of one clip, 1 C F h w; the driving video goes on from clip to clip."""
-        if job.pose is None:
+        """Pose latents of one clip, 1 C F h w."""
+        seen, frames = job.pose_of(clip), job.plan.clip_frames[clip]
+        if seen is None:
             return None
-        start, frames = job.plan.start(clip), job.plan.clip_frames[clip]
-        seen = job.pose(max(0, start), frames + min(0, start))
-        if start < 0 and len(seen):  # before time 0 the first pose is held
-            seen = torch.cat([seen[:1].expand(-start, -1, -1, -1), seen])
         return self.encode(pose_pixels(seen, frames, *job.size_px).to(self.device))[:, :, 1:]
 
     def encode(self, video: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import swap_linears
 from .config import ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, TEXT_ENCODER, VAE
+from .model.loading import find_part
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,30 @@ class LoadPlan:
             split_into_experts(network, Path(path), self.split_experts, self.device)
         if kind == DIT:
             group_products(network)
+
+
+def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:
+    """All about the networks of a run that shapes its pictures, as JSON: which files they are, and how they compute.
+
+    A split of experts that is still to be made has no file yet: after its first run, clips of that run do not match.
+    """
+    parts = {kind: find_part(paths[kind], kind) for kind in (DIT, VAE)}
+    split = split_path(paths[DIT], loading.split_experts)
+    return {
+        "torch": torch.__version__,
+        "device": loading.device.type,
+        "float8": loading.precision.has_float8_weights,
+        "dtypes": {kind: str(loading.dtype(kind)) for kind in parts},
+        "files": {kind: [file_stamp(file) for file in part.weights.files] for kind, part in parts.items()},
+        "dit": parts[DIT].config.to_dict(),
+        "split": [loading.split_experts, file_stamp(split) if loading.split_experts and split.exists() else None],
+    }
+
+
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Changes when a file is replaced."""
+    facts = path.stat()
+    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
 
 
 def split_into_experts(model: nn.Module, checkpoint: Path, experts: int, device: torch.device) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from .conditioning.image import read_picture, to_frames
 from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
 from .errors import CheckpointError
 from .io.audio import read_recording
-from .io.clip_store import ClipStore, StoredClips
+from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .memory import CheckpointNetworks
 from .model.checkpoint import DIT, PART_LABELS
 from .model.loading import find_part
-from .pipeline import S2VPipeline, check_parts, usable_device
+from .pipeline import S2VPipeline, check_parts, clip_keys, usable_device
 from .prepare import AUTO, choose_routing, plan_loading
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def render(
 ) -> RenderReport:
     """Make the video.
 
-    Finished clips are kept next to `save_file` until it is complete, and stay there if the run ends early.
+    Finished clips are kept next to `save_file` until it is complete, and stay there if the run ends early. The next run
+    goes on after those that it would make just so.
 
     Args:
         on_step: called with clip, number of clips and step (clip and step from 1) after each step; may raise to stop.
@@ -99,27 +100,39 @@ def render(
         "sampling": sampling.to_dict(),
         "routing": routing.to_dict(),
     }
+    folder = clips_folder(target)
+    check_earlier(folder, settings)
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    store = ClipStore(clips_folder(target), video.fps, recording, settings)
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    pipeline = S2VPipeline(networks_of(request))
+    networks = networks_of(request)
+    pipeline = S2VPipeline(networks)
     usable = choose_routing(find_part(request.checkpoint, DIT).config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
-    conditioning = make_conditioning(picture, voice, text, negative_text, video, pose)
+    conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
     height, width = conditioning.size_px
     log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
+
+    keys = clip_keys(conditioning, sampling, usable, networks.paths, networks.loading)
+    earlier = find_earlier([folder], keys)
+    keeps = request.keep_clips
+    if earlier:
+        log.warning("going on after clip %d of %d, from %s", earlier.clips, conditioning.clips, folder)
+        earlier = set_apart(earlier)
+        keeps = keeps or (earlier.folder == folder and keeps_clips(folder))
+        settings["request"]["keep_clips"] = keeps
+    store = ClipStore(folder, video.fps, recording, settings, keys, earlier)
 
     def tell(clip: int, step: int, _: Tensor) -> None:
         if on_step:
             on_step(clip + 1, conditioning.clips, step)
 
-    for clip in pipeline.generate(conditioning, sampling, tell, usable):
+    for clip in pipeline.generate(conditioning, sampling, tell, usable, store.stored):
         store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
     write_video(target, store.stored, {"comment": json.dumps(settings, ensure_ascii=False)})
-    if not request.keep_clips:
+    if not keeps:
         store.stored.remove()
     if usable:
         log.warning("experts, share of the tokens:\n%s", pipeline.expert_load)
@@ -146,6 +159,39 @@ def networks_of(request: RenderRequest) -> CheckpointNetworks:
 def clips_folder(target: Path) -> Path:
     """Where the finished clips of a video are kept until it is complete."""
     return target.with_name(f"{target.name}.clips")
+
+
+def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
+    """Tell early, before networks are loaded, that the clips in the way are not the beginning of this video.
+
+    Raises:
+        ConfigError: if there are any that this run cannot go on from, as far as its settings show.
+    """
+    before = read_settings(folder)
+    if not stored_keys(folder) or any(before.get(name) != settings[name] for name in ("sampling", "routing")):
+        check_unused(folder)
+
+
+def keeps_clips(folder: Path) -> bool:
+    """Whether the clips there were made to be kept."""
+    return bool(read_settings(folder).get("request", {}).get("keep_clips"))
+
+
+def earlier_seed(target: Path) -> int | None:
+    """The seed of a run for `target` that did not end."""
+    return read_settings(clips_folder(target)).get("sampling", {}).get("seed")
+
+
+def set_apart(earlier: EarlierClips) -> EarlierClips:
+    """Clips of another video behind those that are gone on with are nobody's to overwrite: their folder is renamed."""
+    if earlier.is_all:
+        return earlier
+    number = 1
+    while (aside := earlier.folder.with_name(f"{earlier.folder.name}.{number}")).exists():
+        number += 1
+    earlier.folder.rename(aside)
+    log.warning("later clips there are of another video: they are now in %s", aside)
+    return replace(earlier, folder=aside)
 
 
 def write_video(

@@ -130,23 +130,100 @@ def test_options_work(flags, command, run_cli, inputs):
     assert probe_video(report["path"]).frames == report["frames"]
 
 
-def test_finished_clips_survive_an_early_end(inputs, tiny_checkpoint):
-    request = rendering.RenderRequest(
-        str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / "out.mp4")
-    )
-    video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2)
+@pytest.fixture
+def make(inputs, tiny_checkpoint):
+    """`render` of a video of 37 frames in 2 clips; keyword arguments change its request, and what it samples."""
 
-    def stop(clip, clips, step):
-        if (clip, step) == (2, 1):
-            raise KeyboardInterrupt
+    def run(name="out.mp4", stop=None, seed=3, **changes):
+        files = (str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / name))
+        video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
+        seen = []
 
+        def tell(clip, clips, step):
+            seen.append((clip, step))
+            if (clip, step) == stop:
+                raise KeyboardInterrupt
+
+        made = rendering.render(rendering.RenderRequest(*files, **changes), video, sampling, tell)
+        return made, seen
+
+    return run
+
+
+def kept_pictures(folder):
+    return torch.cat([read_frames(path, 16, 0, 99) for path in sorted(folder.glob("*.mkv"))])
+
+
+@pytest.fixture
+def cut_short(make, inputs):
+    """A run that was stopped in its second clip."""
     with pytest.raises(KeyboardInterrupt):
-        rendering.render(request, video, sampling, stop)
-    folder = inputs / "out.mp4.clips"
-    assert probe_video(folder / "clip_0000.mkv").frames == 17
+        make(stop=(2, 1))
+    return inputs / "out.mp4.clips"
+
+
+def test_a_run_that_was_stopped_goes_on(cut_short, make, inputs, caplog):
+    assert probe_video(cut_short / "clip_0000.mkv").frames == 17
     assert not (inputs / "out.mp4").exists()
+    written = (cut_short / "clip_0000.mkv").stat().st_mtime_ns
+    made, seen = make(keep_clips=True)
+    assert seen == [(2, 1), (2, 2)] and made.frames == probe_video(made.path).frames == 37 and made.clips == 2
+    assert "going on after clip 1 of 2" in caplog.text
+    assert (cut_short / "clip_0000.mkv").stat().st_mtime_ns == written, "the finished clip is as it was"
+    make("whole.mp4", keep_clips=True)
+    assert torch.equal(kept_pictures(cut_short), kept_pictures(inputs / "whole.mp4.clips"))
+
+
+@pytest.mark.parametrize("changes", [{"seed": 4}, {"prompt": "another"}, {"precision": "bfloat16"}])
+def test_clips_of_something_else_are_not_gone_on_with(changes, cut_short, make):
+    before = {path.name: path.read_bytes() for path in cut_short.iterdir()}
     with pytest.raises(ConfigError, match="earlier run"):
-        rendering.render(request, video, sampling)
+        make(**changes)
+    assert {path.name: path.read_bytes() for path in cut_short.iterdir()} == before
+
+
+def test_clips_that_were_to_be_kept_are_kept(make, inputs):
+    make(keep_clips=True)
+    _, seen = make()
+    assert not seen and probe_video(inputs / "out.mp4").frames == 37
+    assert len(kept_pictures(inputs / "out.mp4.clips")) == 37
+
+
+def test_later_clips_of_another_video_are_set_apart(make, inputs, caplog):
+    """A driving video that is another one in the second clip."""
+    pictures = torch.randint(0, 255, (60, 96, 64, 3), dtype=torch.uint8)
+    with rendering.VideoWriter(inputs / "a.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+        writer.write(pictures)
+    pictures[30:] = 255 - pictures[30:]
+    with rendering.VideoWriter(inputs / "b.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+        writer.write(pictures)
+    make(pose_video=str(inputs / "a.mkv"), keep_clips=True)
+    first = kept_pictures(inputs / "out.mp4.clips")
+    _, seen = make(pose_video=str(inputs / "b.mkv"), keep_clips=True)
+    assert seen == [(2, 1), (2, 2)] and "later clips there are of another video" in caplog.text
+    assert torch.equal(kept_pictures(inputs / "out.mp4.clips.1"), first)
+    make("whole.mp4", pose_video=str(inputs / "b.mkv"), keep_clips=True)
+    second = kept_pictures(inputs / "out.mp4.clips")
+    assert torch.equal(second, kept_pictures(inputs / "whole.mp4.clips")) and not torch.equal(first, second)
+
+
+def test_the_seed_of_a_stopped_run_is_gone_on_with(command, run_cli, inputs, monkeypatch, caplog):
+    """Without --base_seed each run draws one, but for a run that did not end."""
+    words = command(base_seed=None)
+
+    def stop(store, *_):
+        if len(store.clip_frames) == 1:
+            raise KeyboardInterrupt
+        add(store, *_)
+
+    add = rendering.ClipStore.add
+    with monkeypatch.context() as patch:
+        patch.setattr(rendering.ClipStore, "add", stop)
+        code, _, err = run_cli(*words)
+    assert code == 130 and "out.mp4.clips" in err
+    code, out, err = run_cli(*words)
+    assert code == 0 and json.loads(out)["frames"] == 37, err
+    assert "going on after clip 1 of 2" in caplog.text
 
 
 BAD = {

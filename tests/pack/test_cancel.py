@@ -95,6 +95,45 @@ def test_cancelled_in_the_second_clip(graph, cancelled, run, clips, comfy, watch
     assert not comfy.videos(ended) and not comfy.client.queue()["queue_running"]
 
 
+def first_value(ended) -> int:
+    """Where the sampler's progress bar began."""
+    return min(value for node, value, _ in ended.progress if node == SAMPLE)
+
+
+def test_a_cancelled_run_goes_on(graph, run, cancelled, free, clips, comfy, watch, new_seed):
+    """The finished clip is not sampled again, in its own folder, and the video is that of an undisturbed run."""
+    common = {"seconds": 3.0, "seed": new_seed(), "steps": STEPS, "format": "lossless-mkv"}
+    ended, _ = cancelled(graph(**common), STEPS + 2)
+    (folder,) = clips()
+    written = (folder / "clip_0000.mkv").stat().st_mtime_ns
+    ended = run(graph(**common, offload=False))
+    assert ended.status == "success" and first_value(ended) == STEPS + 1 and ended.step(SAMPLE) == (3 * STEPS,) * 2
+    assert clips() == [folder] and (folder / "clip_0000.mkv").stat().st_mtime_ns == written
+    assert len(list(folder.glob("*.mkv"))) == 3
+    shown = watch(comfy.videos(ended)[-1])
+
+    assert run(graph(seed=new_seed())).status == "success"
+    free()
+    assert wait_for(lambda: not folder.exists()), "its clips have become a video"
+    ended = run(graph(**common))
+    assert ended.status == "success" and first_value(ended) == 1
+    whole = watch(comfy.videos(ended)[-1])
+    assert len(whole.pictures) == 48 and np.array_equal(shown.pictures, whole.pictures)
+    assert np.array_equal(shown.sound, whole.sound)
+
+
+def test_kept_clips_are_not_touched_by_a_longer_run(graph, run, clips, comfy, watch, new_seed):
+    """Two videos share a beginning: the first one's clips stay what they are, the second one's outlive them."""
+    common = {"seconds": 3.0, "seed": new_seed(), "steps": 2, "format": "lossless-mkv"}
+    assert run(graph(**common, max_clips=1, keep_clips=True)).status == "success"
+    (first,) = clips()
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    ended = run(graph(**common))
+    assert ended.status == "success" and first_value(ended) == 3 and len(clips()) == 2
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert len(watch(comfy.videos(ended)[-1]).pictures) == 48
+
+
 def test_the_next_run_is_as_if_nothing_had_been(graph, film, cancelled, new_seed):
     """Uncancelled, cancelled and uncancelled again: the first and the last are the same video."""
     common = {"seconds": 2.0, "steps": 2, "format": "lossless-mkv"}

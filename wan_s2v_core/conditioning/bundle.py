@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..config import VideoConfig
@@ -14,6 +15,19 @@ from .image import check_sides, fit_picture
 
 PoseFrames = Callable[[int, int], Tensor]
 """(first frame, frames) -> T H W 3 uint8 of the driving video on our clock, fewer frames when it has ended."""
+
+
+def hold_last(pose: PoseFrames) -> PoseFrames:
+    """Read frames that are asked for twice in a row once."""
+    held: dict[tuple[int, int], Tensor] = {}
+
+    def read(start: int, frames: int) -> Tensor:
+        if (start, frames) not in held:
+            held.clear()
+            held[start, frames] = pose(start, frames)
+        return held[start, frames]
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,20 @@ class S2VConditioning:
         own = self.voice[..., first : first + self.plan.clip_frames[clip]]
         hears_past = self.video.hears_past and first > 0
         return own, self.voice[..., max(0, first - self.geometry.motion_frames) : first] if hears_past else None
+
+    def pose_of(self, clip: int) -> Tensor | None:
+        """The driving video of one clip, T H W 3 uint8; it goes on from clip to clip. None without one."""
+        if self.pose is None:
+            return None
+        start, frames = self.plan.start(clip), self.plan.clip_frames[clip]
+        seen = self.pose(max(0, start), frames + min(0, start))
+        if start < 0 and len(seen):  # before time 0 the first pose is held
+            seen = torch.cat([seen[:1].expand(-start, -1, -1, -1), seen])
+        return seen
+
+    def with_held_pose(self) -> "S2VConditioning":
+        """The same, but what was last read of the driving video is at hand: going back in a file takes long."""
+        return self if self.pose is None else replace(self, pose=hold_last(self.pose))
 
 
 def make_plan(seconds: float, feature_frames: int, video: VideoConfig, geometry: ClipGeometry) -> ClipPlan:

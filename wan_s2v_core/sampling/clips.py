@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT
+from ..io.clip_store import StoredClips
 
 START_PICTURE_FRAMES = 6
 """Frames at the end of the motion video that show the reference picture when a video starts from it."""
@@ -65,8 +66,12 @@ def generate_clips(
     motion_frames: int,
     noises: Iterable[Tensor],
     starts_from_reference: bool = False,
+    finished: StoredClips | None = None,
 ) -> Iterator[Clip]:
     """Yield clip after clip, each as soon as it is decoded.
+
+    The chain goes on behind `finished` clips with the motion that was kept with the last of them. Where it was not,
+    their latents are decoded again, one after the other, which gives the same motion and takes a fraction of sampling.
 
     Args:
         sample: denoises one clip, B C F h w.
@@ -75,19 +80,29 @@ def generate_clips(
         motion_frames: video frames of past that a clip sees.
         noises: one per clip, B C F h w; their number is the number of clips, their F the length of each.
         starts_from_reference: the first clip continues from the picture instead of being free.
+        finished: clips of an earlier run, which are neither sampled nor yielded.
     """
     reference_latents = encode(reference)
     motion_video = reference.new_zeros(*reference.shape[:2], motion_frames, *reference.shape[3:])  # mid grey
     if starts_from_reference:
         motion_video[:, :, -START_PICTURE_FRAMES:] = reference
+    known, first = len(finished.clip_frames) if finished else 0, 0
+    if finished and known and (kept := finished.motion_video()) is not None:
+        motion_video, first = kept.to(reference.device), known
     for index, noise in enumerate(noises):
+        if index < first:
+            continue
         is_free = index == 0 and not starts_from_reference
         motion_latents = None if is_free else encode(motion_video)
-        latents = sample(ClipTask(index, noise, reference_latents, motion_latents)).float()
+        if index < known:
+            latents = finished.latents(index).to(reference.device)
+        else:
+            latents = sample(ClipTask(index, noise, reference_latents, motion_latents)).float()
         # Behind the picture or the past, no frame is the VAE's first, which it blurs.
         lead_in = reference_latents if is_free else motion_latents
         video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
         if is_free:
             video = video[:, :, FIRST_CLIP_SKIP:]
         motion_video = torch.cat([motion_video, video], dim=2)[:, :, -motion_frames:]
-        yield Clip(index, latents, video, motion_video)
+        if index >= known:
+            yield Clip(index, latents, video, motion_video)
