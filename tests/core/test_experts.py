@@ -38,7 +38,6 @@ from wan_s2v_core.acceleration.experts.split import (
     plan_split,
     recorded_tokens,
     save_split,
-    split_experts,
     split_feed_forward,
     split_layer,
     split_path,
@@ -56,6 +55,13 @@ from wan_s2v_core.sampling.denoise import denoise
 MOE = replace(TINY, num_experts=4, top_k=2)
 WIDTH, HIDDEN = 16, 24
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def split_experts(model, *arguments, **options):
+    """Plan a split and apply it, as a run does where none is stored."""
+    split = plan_split(model, *arguments, **options)
+    apply_split(model, split)
+    return split
 
 
 @pytest.fixture(autouse=True)

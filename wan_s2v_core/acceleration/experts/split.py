@@ -317,19 +317,6 @@ def check_sizes(split: ExpertSplit, model: S2VTransformer) -> None:
         )
 
 
-def split_experts(
-    model: S2VTransformer,
-    num_experts: int,
-    shared: int = 0,
-    samples: list[Tensor] | None = None,
-    device: torch.device | str | None = None,
-) -> ExpertSplit:
-    """Split a dense model's feed-forwards in place, arguments as for `plan_split`; returns how, to be saved."""
-    split = plan_split(model, num_experts, shared, samples, device)
-    apply_split(model, split)
-    return split
-
-
 def split_feed_forward(dense: FeedForward, split: LayerSplit, shared: int) -> RoutedFeedForward:
     """One routed feed-forward with the weights of a dense one, in the same precision and on the same device."""
     groups, probes = (index.long().to(dense.up.weight.device) for index in (split.groups, split.probes.flatten()))
