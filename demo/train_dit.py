@@ -40,6 +40,7 @@ from scene_feed import FPS, HELD_OUT_SEED, SPEECH_HZ, DrawnScene, SceneFeed, Sce
 from tiny_checkpoint import TEXT_SIZES, vocabulary_size  # noqa: E402
 from training import (  # noqa: E402
     AveragedWeights,
+    Muon,
     TimeBox,
     box_mask,
     contact_sheet,
@@ -158,7 +159,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> T
 def all_experts(layer: nn.Module, x: Tensor) -> Tensor:
     """A routed feed-forward as one wide one whose hidden parts are weighted by the gate: the same sum, no sorting."""
     tokens = x.flatten(0, -2)
-    taken, weights = layer.choose(layer.gate(tokens))
+    with torch.autocast(x.device.type, enabled=False):
+        logits = F.linear(tokens.float(), layer.gate.weight)
+    taken, weights = layer.choose(logits)
     weights = weights * taken
     up, down = [expert.up for expert in layer.experts], [expert.down for expert in layer.experts]
     hidden = F.linear(tokens, torch.cat([one.weight for one in up]), torch.cat([one.bias for one in up]))
@@ -194,6 +197,16 @@ def prepare_training(model: S2VTransformer, gate_dropout: float, compiles: bool)
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         for block in model.stack.blocks:
             block.compile(dynamic=True)
+
+
+def block_matrices(model: S2VTransformer) -> list[nn.Parameter]:
+    """The weights of the products in the blocks, which Muon trains; not gates and modulations."""
+    apart = ("gate.", "modulation")
+    return [
+        value
+        for name, value in model.stack.named_parameters()
+        if value.ndim == 2 and not any(part in name for part in apart)
+    ]
 
 
 def balance_loss(model: S2VTransformer) -> tuple[Tensor, Tensor]:
@@ -266,6 +279,12 @@ class Encoders:
         self.prompts: dict[str, Tensor] = {}
 
     @torch.no_grad()
+    def latents(self, video: Tensor) -> Tensor:
+        """1 3 T H W -> C F h w in float16, coded in bfloat16 on a card: its error is far below the noise added."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.vae.encode(video)[0].half()
+
+    @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
         """1 L E."""
         if prompt not in self.prompts:
@@ -328,12 +347,12 @@ class ClipMaker:
         text = encoders.text(scene.prompt)[0]
 
         def clip(kind: str, start: int, lead_in: Tensor, lead_latents: int, reference: Tensor) -> TrainingClip:
-            latents = encoders.vae.encode(torch.cat([lead_in, video[:, :, start : start + frames]], dim=2))[0].half()
+            latents = encoders.latents(torch.cat([lead_in, video[:, :, start : start + frames]], dim=2))
             lead, target = latents[:, :lead_latents], latents[:, lead_latents:]
             return TrainingClip(
                 target=target.clone(),
                 motion=None if kind == "free" else lead.clone(),
-                reference=lead.clone() if kind == "free" else encoders.vae.encode(reference)[0].half(),
+                reference=lead.clone() if kind == "free" else encoders.latents(reference),
                 pose=self.pose(scene, start),
                 audio=voice[..., start : start + frames].clone(),
                 audio_past=voice[..., start - past : start].clone() if kind == "next" else None,
@@ -363,7 +382,7 @@ class ClipMaker:
             return None
         picked = np.maximum(np.arange(start, start + self.frames), FIRST_CLIP_SKIP)
         drawn = torch.from_numpy(scene.pose[picked]).to(self.encoders.device)
-        return self.encoders.vae.encode(pose_pixels(drawn, self.frames, *drawn.shape[1:3]))[0, :, 1:].half()
+        return self.encoders.latents(pose_pixels(drawn, self.frames, *drawn.shape[1:3]))[:, 1:]
 
 
 class ClipBuffer:
@@ -490,9 +509,11 @@ def train(options: argparse.Namespace) -> dict:
         model.load_state_dict({name: value.float() for name, value in load_weights(options.resume).items()})
     prepare_training(model.train(), options.gate_dropout, options.compile)
     average = AveragedWeights(model, options.average)
-    parameters = list(model.parameters())
+    parameters, matrices = list(model.parameters()), block_matrices(model) if options.muon else []
+    others = [value for value in parameters if id(value) not in set(map(id, matrices))]
+    muon = Muon(matrices)
     optimizer = torch.optim.AdamW(
-        parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        others, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
     negative = encoders.text(DEFAULT_NEGATIVE_PROMPT)
     maker, buffer = ClipMaker(encoders, options, rng), ClipBuffer(options.buffer)
@@ -507,7 +528,7 @@ def train(options: argparse.Namespace) -> dict:
     count = sum(value.numel() for value in parameters)
     print(f"{count} parameters, {len(buffer)} clips, {config.to_dict()}", flush=True)
     while not box.is_over and step < options.steps:
-        for scene in feed.arrived(options.scenes_per_step):
+        for scene in feed.arrived(step % options.encode_every == 0):
             for kind, clip in maker.clips(scene):
                 buffer.add(kind, clip)
         frames = lengths[rng.choice(len(lengths), p=shares / shares.sum())]
@@ -518,8 +539,9 @@ def train(options: argparse.Namespace) -> dict:
             past = inputs.motion_latents
             inputs = replace(inputs, motion_latents=past + amount * torch.randn_like(past))
         sigmas = draw_sigmas(len(clean), options.sigmas, options.shift, rng)
+        rate = learning_rate(1.0, box.share, step, options.warm_up)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options.lr, box.share, step, options.warm_up)
+            group["lr"] = options.lr * rate
         loss, plain = flow_loss(model, inputs, clean, boxes, sigmas, options.mouth_weight, precision)
         total = loss
         if routed_layers(model):
@@ -530,6 +552,7 @@ def train(options: argparse.Namespace) -> dict:
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         optimizer.step()
+        muon.step(options.muon_lr * rate)
         average.update(model)
         step, samples, latent_frames = step + 1, samples + len(clean), latent_frames + clean.shape[2] * len(clean)
         if step % options.log_every == 0:
@@ -688,15 +711,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--motion_frames", type=int, default=MOTION_FRAMES)
     add("--pose_share", type=float, default=0.25, help="share of the scenes with pose drawings")
     add("--start_share", type=float, default=0.3, help="share of the scenes that also give a clip of kind start")
-    add("--batch", type=int, default=12, help="clips of the longest kind; of shorter ones as many frames")
+    add("--batch", type=int, default=4, help="clips of the longest kind; of shorter ones as many frames")
     add("--buffer", type=int, default=8000, help="clips kept on the device, 1.3 MB each")
     add("--first_clips", type=int, default=64, help="needed before training begins")
-    add("--scenes_per_step", type=int, default=1, help="at most so many are encoded between two steps")
+    add("--encode_every", type=int, default=4, help="a new scene is encoded once in so many steps")
     add("--shift", type=float, default=3.0)
     add("--sigmas", choices=("uniform", "logit-normal"), default="uniform")
     add("--mouth_weight", type=float, default=3.0)
     add("--motion_noise", type=float, default=0.1, help="at most so much noise on the past, against drift")
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, default=3e-3)
+    add("--muon_lr", type=float, default=4e-3, help="of the matrices in the blocks")
+    add("--no-muon", dest="muon", action="store_false", help="all with AdamW")
     add("--warm_up", type=int, default=200)
     add("--clip", type=float, default=1.0)
     add("--average", type=float, default=0.999)
