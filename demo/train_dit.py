@@ -524,7 +524,7 @@ def train(options: argparse.Namespace) -> dict:
     box, losses, step, samples, latent_frames = TimeBox(options.minutes), [], 0, 0, 0
     lengths = [length for length in LENGTHS if FRAMES_PER_LATENT * length <= options.clip_frames]
     shares = np.array([LENGTHS[length] for length in lengths])
-    told, load, smooth = (time.monotonic(), 0), 0.0, {}
+    told, load, mean_loss = (time.monotonic(), 0), 0.0, 0.0
     count = sum(value.numel() for value in parameters)
     print(f"{count} parameters, {len(buffer)} clips, {config.to_dict()}", flush=True)
     while not box.is_over and step < options.steps:
@@ -550,13 +550,14 @@ def train(options: argparse.Namespace) -> dict:
             load = 0.99 * load + 0.01 * expert_shares.detach() if step else expert_shares.detach()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        mean_loss = 0.99 * mean_loss + 0.01 * plain if step else plain
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         optimizer.step()
         muon.step(options.muon_lr * rate)
         average.update(model)
         step, samples, latent_frames = step + 1, samples + len(clean), latent_frames + clean.shape[2] * len(clean)
         if step % options.log_every == 0:
-            smooth = {"loss": loss.item(), "plain": plain.item(), "norm": norm.item()}
+            smooth = {"loss": loss.item(), "mean": mean_loss.item(), "norm": norm.item()}
             now = time.monotonic()
             pace, told = (latent_frames - told[1]) / (now - told[0]), (now, latent_frames)
             losses.append({"step": step, "seconds": round(box.elapsed, 1), "frames": frames, **smooth})
