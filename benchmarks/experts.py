@@ -4,8 +4,9 @@
 
 Random weights: times and memory are real, pictures are not, and tokens choose experts about evenly. A feed-forward is
 split into 8 experts and runs with every top_k and capacity beside the dense layer it came from, with one expert after
-the other (loop) and with the products of all together (grouped). Then whole forwards, dense and split, in turn. Writes
-experts.json and experts.md. A quick look at the script itself, without a card:
+the other (loop) and with the products of all together (grouped; one by one as well where a share is over LARGE_SHARE).
+Then whole forwards, dense and split, in turn. Writes experts.json and experts.md. A quick look at the script itself,
+without a card:
 
     python benchmarks/experts.py --device cpu --width 64 --hidden 128 --blocks 2 --tokens 300 --size 64x64 --runs 1
 """

@@ -95,7 +95,8 @@ class Sample(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10_000_000,
-                    tooltip="Tokens that an expert takes at once. 0: no bound. S2V-14B is dense and has no experts.",
+                    tooltip="Tokens that an expert takes at once: bounds the feed-forward's memory. 0: no bound. "
+                    "S2V-14B is dense and has no experts.",
                 ),
                 io.Float.Input(
                     "moe_gate_dropout",
@@ -118,7 +119,8 @@ class Sample(io.ComfyNode):
                     min=0,
                     max=64,
                     tooltip="Split each feed-forward of a dense model into so many experts. With all of them in use "
-                    "(moe_top_k 0) the result is the same; fewer is an approximation. 0: leave it whole.",
+                    "(moe_top_k 0) the result is the same; fewer is an approximation. Not faster: on an H200 a forward "
+                    "takes 3.49 s with 4 of 8, 3.43 s whole. 0: leave it whole.",
                 ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],

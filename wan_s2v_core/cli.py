@@ -256,9 +256,14 @@ def add_experts(make: argparse.ArgumentParser) -> None:
     """What models with experts take; a dense one says that they do nothing there."""
     experts = make.add_argument_group("experts", "for checkpoints with experts, and for dense ones that are split")
     add = experts.add_argument
-    add("--split_experts", type=int, default=0, help="split each feed-forward of a dense model into so many experts")
+    add(
+        "--split_experts",
+        type=int,
+        default=0,
+        help="split each feed-forward of a dense model into so many experts; not faster on an H200",
+    )
     add("--moe_top_k", type=int, help="experts that a token sees; as the checkpoint says by default")
-    add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once; all by default")
+    add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once (bounds memory); all by default")
     add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
     add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
 

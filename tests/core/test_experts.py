@@ -48,7 +48,7 @@ from wan_s2v_core.errors import CheckpointError, ConfigError
 from wan_s2v_core.model import checkpoint as names
 from wan_s2v_core.model.block import FeedForward
 from wan_s2v_core.model.dit import S2VTransformer
-from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward
+from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward, apply_each
 from wan_s2v_core.model.loading import find_part, load_transformer
 from wan_s2v_core.sampling.denoise import denoise
 
@@ -141,6 +141,23 @@ def test_spilling_changes_nothing_at_any_capacity(case):
 
 
 @settings(deadline=None)
+@given(case=sizes, drop=st.booleans())
+def test_what_every_token_has_chosen_is_not_copied(case, drop):
+    """Tokens without a gap are a view, and the sum is what it is when they are picked one by one."""
+    layer, x = sized(case, expert_capacity=case["capacity"], overflow="drop" if drop else "spill")
+    taken, weights = layer.choose(layer.gate(x))
+    rounds = list(layer.rounds(taken, weights))
+    for share in (share for shares in rounds for share in shares):
+        rows = share.rows(x)
+        assert torch.equal(rows, x[share.tokens])
+        is_view = rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert is_view == bool(taken[:, share.expert].all())
+    picked = [[replace(share, first=None) for share in shares] for shares in rounds]
+    expected = apply_each(x, layer.experts, picked)
+    torch.testing.assert_close(apply_each(x, layer.experts, rounds), expected, **CLOSE)
+
+
+@settings(deadline=None)
 @given(case=sizes)
 def test_dropping_skips_the_overflow_in_token_order(case):
     """Dropped tokens lose that expert's part; the weights of their other experts stay."""
@@ -214,7 +231,7 @@ def test_gate_dropout_in_training_is_new_every_time():
 @settings(deadline=None)
 @given(case=sizes, drop=st.booleans(), large=st.sampled_from((3, grouped.LARGE_SHARE)))
 def test_padded_products_equal_the_loop(case, drop, large):
-    """Also with some rounds one by one, because an expert has a large share of them."""
+    """Also where they are not grouped, because an expert has a large share."""
     layer, x = sized(case, expert_capacity=case["capacity"], overflow="drop" if drop else "spill")
     expected = layer(x)
     layer.apply_experts = lambda *arguments: apply_grouped(*arguments, multiply=multiply_padded)
@@ -539,10 +556,11 @@ def test_8_bit_weights_leave_the_gate_alone(make_model):
     assert type(layer.gate) is Gate and isinstance(layer.experts[3].down, Float8Linear)
 
 
-def test_gradients_reach_every_parameter_of_a_routed_model(make_model, make_inputs):
+@pytest.mark.parametrize(("top_k", "gate_dropout"), [(2, 0.1), (4, 0.0)])
+def test_gradients_reach_every_parameter_of_a_routed_model(top_k, gate_dropout, make_model, make_inputs):
     with torch.inference_mode(False), torch.enable_grad():
-        model = make_model(MOE).requires_grad_(True).train()
-        set_routing(model, ExpertRouting(gate_dropout=0.1))
+        model = make_model(replace(MOE, top_k=top_k)).requires_grad_(True).train()
+        set_routing(model, ExpertRouting(gate_dropout=gate_dropout))
         inputs, noise = make_inputs(batch=2)
         loss = model(noise, torch.tensor([500.0, 3.0]), model.condition(inputs)).square().mean()
         balance, z = gate_losses(model)

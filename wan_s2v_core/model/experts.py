@@ -26,6 +26,12 @@ class Share:
     tokens: Tensor
     weights: Tensor | None
     """float32; None where all are 1."""
+    first: int | None = None
+    """The first token, where the others follow it without a gap: every token has chosen the expert."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows of its tokens, of L E; a view where they follow one another."""
+        return x[self.tokens] if self.first is None else x[self.first : self.first + len(self.tokens)]
 
 
 Round = list[Share]
@@ -35,27 +41,23 @@ ApplyExperts = Callable[[Tensor, Sequence[nn.Module], list[Round]], Tensor]
 
 
 def apply_each(x: Tensor, experts: Sequence[nn.Module], rounds: list[Round]) -> Tensor:
-    """The plain sum at the `apply_experts` seam: one expert after the other."""
+    """The plain sum at the `apply_experts` seam: one expert after the other, which bounds the activations."""
     out = torch.zeros_like(x, dtype=torch.float32)
     for shares in rounds:
-        add_each(out, x, experts, shares)
+        for share in shares:
+            add_share(out, share, experts[share.expert](share.rows(x)))
     return out
-
-
-def add_each(out: Tensor, x: Tensor, experts: Sequence[nn.Module], shares: Round) -> None:
-    """Add the results of one round to the sum L E, so that one expert's activations are there at a time."""
-    for share in shares:
-        add_share(out, share, experts[share.expert](x[share.tokens]))
 
 
 def add_share(out: Tensor, share: Share, rows: Tensor) -> None:
     """Add an expert's results, one row for each of its tokens, to the sum L E."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        added = rows[part].float()
-        if share.weights is not None:
-            added = added * share.weights[part, None]
-        out.index_add_(0, share.tokens[part], added)
+        added = rows[part] if share.weights is None else rows[part] * share.weights[part, None]
+        if share.first is None:
+            out.index_add_(0, share.tokens[part], added.float())
+        else:
+            share.rows(out)[part].add_(added)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,11 @@ class RoutedFeedForward(nn.Module):
         for start in range(0, max(ends, default=0), limit):
             now = [(index, slice(start, min(start + limit, end))) for index, end in enumerate(ends) if start < end]
             yield [
-                Share(index, chosen[index][part], None if weights is None else counted[index][part])
+                Share(
+                    expert=index,
+                    tokens=chosen[index][part],
+                    weights=None if weights is None else counted[index][part],
+                    first=start if counts[index] == len(taken) else None,
+                )
                 for index, part in now
             ]

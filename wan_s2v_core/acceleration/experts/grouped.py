@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.block import FeedForward
-from ...model.experts import Round, RoutedFeedForward, add_each, add_share, apply_each
+from ...model.experts import Round, RoutedFeedForward, add_share, apply_each
 
 log = logging.getLogger(__name__)
 
 Multiply = Callable[[Tensor, Tensor, list[int]], Tensor]
 """(rows: R I, sorted by expert; weights: X O I; how many rows each expert has) -> R O."""
 HOPPER = (9, 0)
-LARGE_SHARE = 16384
-"""Tokens of one expert that fill a card by themselves: grouping gains nothing then and holds all experts' at once."""
+LARGE_SHARE = 512
+"""Tokens of one expert beyond which grouping does not pay: what it saves is kernel launches, and it holds the
+activations of all experts at once. On an H200 (benchmarks/README.md) it takes 0.6 to 0.7 of the loop's time with 256
+tokens and 0.98 to 1.10 of it with 1,024; this lies between the two."""
 
 
 def multiply_grouped(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -53,18 +55,15 @@ def apply_grouped(
     """All experts of a round together; one after the other where that is not possible, or one has a large share.
 
     For `apply_experts`. The weights of a layer's experts are put together once per call, a copy that is freed at its
-    end; memory is proportional to the tokens of a round, so give a capacity.
+    end and that a short last round alone is not worth: one large share decides for all rounds.
     """
-    is_small = [max(len(share.tokens) for share in shares) <= LARGE_SHARE for shares in rounds]
-    if not (any(is_small) and are_plain(experts) and (multiply or x.is_cuda)):
+    largest = max((len(share.tokens) for shares in rounds for share in shares), default=0)
+    if largest > LARGE_SHARE or not (are_plain(experts) and (multiply or x.is_cuda)):
         return apply_each(x, experts, rounds)
     multiply = multiply or (multiply_grouped if has_grouped_kernel(x) else multiply_padded)
     up, down = (torch.stack([getattr(expert, name).weight for expert in experts]) for name in ("up", "down"))
     out = torch.zeros_like(x, dtype=torch.float32)
-    for shares, together in zip(rounds, is_small, strict=True):
-        if not together:
-            add_each(out, x, experts, shares)
-            continue
+    for shares in rounds:
         counts = [0] * len(experts)
         for share in shares:
             counts[share.expert] = len(share.tokens)

@@ -40,7 +40,7 @@ def describe_experts(config: S2VModelConfig, split: int = 0, shared: int = 0) ->
     always = f", {shared} of which every token sees" if shared else ""
     return (
         f"{split} experts split from each of {config.blocks} dense feed-forwards, {width // split} of {width} neurons "
-        f"each{always}. top_k={split} is the dense model up to rounding; fewer is faster and approximate."
+        f"each{always}. top_k={split} is the dense model up to rounding; fewer is approximate."
     )
 
 
