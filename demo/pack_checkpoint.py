@@ -1,6 +1,7 @@
 """Put the trained networks together into the embedded checkpoint, in the layout of the official Wan2.2-S2V-14B folder.
 
     python demo/pack_checkpoint.py FOLDER [--source .demo]
+    python demo/pack_checkpoint.py FOLDER --unpack [--source .demo]     # the reverse, to train it further
 
 The text encoder has random weights, from the seed that the DiT was trained with, and the tokenizer is the one that
 comes with the pack. FOLDER may be assets/checkpoint itself.
@@ -8,6 +9,7 @@ comes with the pack. FOLDER may be assets/checkpoint itself.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,15 +23,17 @@ for place in (HERE, HERE.parent):
 
 from tiny_checkpoint import size_of, write_networks, write_tokenizer  # noqa: E402
 from train_dit import TOKENIZER, load_speech_encoder, load_tiny_vae, make_text_encoder  # noqa: E402
-from training import load_weights  # noqa: E402
+from training import load_weights, save_weights  # noqa: E402
 
 from wan_s2v_core.config import S2VModelConfig  # noqa: E402
-from wan_s2v_core.model.checkpoint import PART_LABELS  # noqa: E402
+from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, VAE  # noqa: E402
 from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
 from wan_s2v_core.model.loading import load  # noqa: E402
 from wan_s2v_core.pipeline import check_parts  # noqa: E402
 
 LARGEST_BYTES = 14_000_000
+RECORDS = HERE / "trained"
+"""What the trainers told of the embedded checkpoint: settings, seeds, losses."""
 
 
 def load_trained_dit(path: Path) -> S2VTransformer:
@@ -71,11 +75,26 @@ def check(folder: Path) -> dict[str, int]:
     return counts
 
 
+def unpack(folder: Path, target: Path) -> None:
+    """Write what the trainers go on from: the networks of a packed checkpoint, and the records of its training."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in RECORDS.iterdir():
+        shutil.copy(file, target)
+    dit, vae, speech = (load(folder, kind, torch.float32) for kind in (DIT, VAE, SPEECH_ENCODER))
+    weights = {name: value.bfloat16() for name, value in dit.state_dict().items()}
+    save_weights(weights, target / "dit.safetensors", {"config": json.dumps(dit.config.to_dict())})
+    save_weights(vae.network.state_dict(), target / "vae.safetensors")
+    save_weights(speech.state_dict(), target / "audio_encoder.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--source", type=Path, default=Path(".demo"))
+    parser.add_argument("--unpack", action="store_true")
     options = parser.parse_args()
+    if options.unpack:
+        return unpack(options.folder, options.source)
     folder = pack(options.folder, options.source)
     print(f"{folder}: {size_of(folder) / 1e6:.1f} MB, parameters {check(folder)}")
 

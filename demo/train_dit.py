@@ -39,6 +39,7 @@ for folder in (HERE, HERE.parent):
 from scene_feed import FPS, HELD_OUT_SEED, SPEECH_HZ, DrawnScene, SceneFeed, SceneSettings, draw  # noqa: E402
 from tiny_checkpoint import TEXT_SIZES, vocabulary_size  # noqa: E402
 from training import (  # noqa: E402
+    BULKY,
     AveragedWeights,
     Muon,
     TimeBox,
@@ -46,6 +47,8 @@ from training import (  # noqa: E402
     contact_sheet,
     learning_rate,
     load_weights,
+    profiled,
+    record_of,
     rounded,
     save_log,
     save_weights,
@@ -130,25 +133,64 @@ def initialize(model: S2VTransformer) -> None:
             injector.modulation.weight.zero_()
 
 
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
+
+
+def of_segment(rows: Tensor, tokens: int, noisy: int) -> Tensor:
+    """B S E -> B L E: the first row for noisy tokens, the second for the others."""
+    is_noisy = torch.arange(tokens, device=rows.device) < noisy
+    return torch.where(is_noisy[:, None], rows[:, :1], rows[:, 1:])
+
+
+def norm_moved(x: Tensor, shift: Tensor, scale: Tensor, eps: float, noisy: int, dtype: torch.dtype) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    moved = normed * (1 + of_segment(scale, x.shape[1], noisy)) + of_segment(shift, x.shape[1], noisy)
+    return moved.to(dtype)
+
+
+def added(x: Tensor, y: Tensor, gate: Tensor, noisy: int) -> Tensor:
+    return x + y.float() * of_segment(gate, x.shape[1], noisy)
+
+
+def root_mean_square_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
+
+
+def gelu_weighted(hidden: Tensor, weights: Tensor) -> Tensor:
+    """L XI, L X -> L XI: what expert x has made counts as much as the gate says."""
+    made = F.gelu(hidden.float(), approximate="tanh").unflatten(-1, (weights.shape[-1], -1))
+    return (made * weights[..., None]).flatten(-2).to(hidden.dtype)
+
+
+STEPS = {f.__name__: f for f in (turned, norm_moved, added, root_mean_square_norm, gelu_weighted)}
+"""The steps between the products, in which most of the time goes on a card. `fuse_steps` compiles them."""
+
+
+def fuse_steps() -> None:
+    """Let each of them be one kernel, forward and back, for every number of tokens."""
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    torch._dynamo.config.recompile_limit = 64
+    for name, function in list(STEPS.items()):
+        STEPS[name] = torch.compile(function, dynamic=True)
+
+
 class BatchedPointwise:
-    """The steps between the products for batches, at the seam `block.pointwise`: equal to the plain ones."""
+    """At the seam `block.pointwise`, for batches: equal to the plain one."""
 
     @staticmethod
     def rotate(x: Tensor, rope: Tensor) -> Tensor:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cosine, sine = rope.real[:, None], rope.imag[:, None]
-        return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
+        return STEPS["turned"](x, *(part.contiguous()[:, None] for part in (rope.real, rope.imag)))
 
     @staticmethod
     def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:
-        parts = context.segments(F.layer_norm(x, x.shape[-1:], eps=eps))
-        moved = [torch.addcmul(shift[:, i, None], t, 1 + scale[:, i, None]) for i, t in enumerate(parts)]
-        return torch.cat(moved, dim=1).to(context.dtype)
+        return STEPS["norm_moved"](x, shift, scale, eps, context.noisy_tokens, context.dtype)
 
     @staticmethod
     def gated_add(x: Tensor, y: Tensor, gate: Tensor, context: BlockContext) -> Tensor:
-        parts = zip(context.segments(x), context.segments(y.float()), strict=True)
-        return torch.cat([torch.addcmul(a, b, gate[:, i, None]) for i, (a, b) in enumerate(parts)], dim=1)
+        return STEPS["added"](x, y, gate, context.noisy_tokens)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
@@ -165,8 +207,7 @@ def all_experts(layer: nn.Module, x: Tensor) -> Tensor:
     weights = weights * taken
     up, down = [expert.up for expert in layer.experts], [expert.down for expert in layer.experts]
     hidden = F.linear(tokens, torch.cat([one.weight for one in up]), torch.cat([one.bias for one in up]))
-    hidden = F.gelu(hidden, approximate="tanh").unflatten(-1, (len(up), -1))
-    hidden = (hidden * weights[..., None].to(hidden.dtype)).flatten(-2)
+    hidden = STEPS["gelu_weighted"](hidden, weights)
     out = F.linear(hidden, torch.cat([one.weight for one in down], dim=1)).float()
     return (out + weights @ torch.stack([one.bias for one in down])).to(x.dtype).view_as(x)
 
@@ -180,8 +221,8 @@ def prepare_training(model: S2VTransformer, gate_dropout: float, compiles: bool)
     for block in model.stack.blocks:
         block.pointwise, block.attention.attend = BatchedPointwise(), plain_attention
     for layer in model.modules():
-        if isinstance(layer, nn.RMSNorm):  # its fast kernel wants input and weight in one type
-            layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(),))
+        if isinstance(layer, nn.RMSNorm):
+            layer.forward = MethodType(lambda norm, x: STEPS["root_mean_square_norm"](x, norm.weight, norm.eps), layer)
     encode_clip = model.audio_encoder.encode_clip
 
     def encode_in_float32(*arguments):
@@ -194,9 +235,7 @@ def prepare_training(model: S2VTransformer, gate_dropout: float, compiles: bool)
         if gate_dropout:
             layer.routing = replace(layer.routing, gate_dropout=gate_dropout)
     if compiles:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        for block in model.stack.blocks:
-            block.compile(dynamic=True)
+        fuse_steps()
 
 
 def block_matrices(model: S2VTransformer) -> list[nn.Parameter]:
@@ -484,6 +523,7 @@ def flow_loss(
 
 def train(options: argparse.Namespace) -> dict:
     """Train and write -> the log."""
+    record = record_of(options)  # before anything is written over
     device = torch.device(options.device)
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cuda":
@@ -572,6 +612,7 @@ def train(options: argparse.Namespace) -> dict:
     weights = {name: value.bfloat16() for name, value in average.state().items()}
     save_weights(weights, options.out / "dit.safetensors", {"config": json.dumps(config.to_dict()), "steps": str(step)})
     log = {
+        **record,
         "config": config.to_dict(),
         "parameters": count,
         "text_seed": options.text_seed,
@@ -585,7 +626,7 @@ def train(options: argparse.Namespace) -> dict:
         "losses": losses,
     }
     save_log(options.out / "dit.json", log)
-    print({name: value for name, value in log.items() if name != "losses"}, flush=True)
+    print({name: value for name, value in log.items() if name not in BULKY}, flush=True)
     if options.eval:
         del buffer, optimizer
         judge(options, encoders, config, {name: value.float() for name, value in weights.items()})
@@ -728,6 +769,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--average", type=float, default=0.999)
     add("--compile", action="store_true")
     add("--log_every", type=int, default=50)
+    add("--profile", action="store_true", help="tell where the time goes; with --steps 40 or so")
     add("--eval", action="store_true")
     add("--eval_steps", type=int, default=12)
     add("--eval_seconds", type=float, default=7.0)
@@ -737,4 +779,5 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    train(make_parser().parse_args())
+    chosen = make_parser().parse_args()
+    profiled(train, chosen) if chosen.profile else train(chosen)

@@ -31,12 +31,14 @@ for folder in (HERE, HERE.parent):
 
 from scene_feed import HELD_OUT_SEED, DrawnScene, SceneFeed, SceneSettings, draw  # noqa: E402
 from training import (  # noqa: E402
+    BULKY,
     AveragedWeights,
     TimeBox,
     box_mask,
     contact_sheet,
     learning_rate,
     load_weights,
+    record_of,
     rounded,
     save_log,
     save_weights,
@@ -344,6 +346,7 @@ def make_network(options: argparse.Namespace, device: torch.device) -> WholeVAE:
 
 def train(options: argparse.Namespace) -> dict:
     """Train, normalise, judge and write -> the log."""
+    record = record_of(options)  # before anything is written over
     device = torch.device(options.device)
     on_card = device.type == "cuda"
     precision = torch.bfloat16 if on_card else torch.float32
@@ -408,6 +411,7 @@ def train(options: argparse.Namespace) -> dict:
     weights = network.network.state_dict()
     save_weights(weights, options.out / "vae.safetensors", {"width": str(options.width), "steps": str(step)})
     log = {
+        **record,
         "steps": step,
         "seconds": round(trained_seconds, 1),
         "scenes": feed.scenes,
@@ -419,7 +423,7 @@ def train(options: argparse.Namespace) -> dict:
     held_out = draw_held_out(options, replace(settings, frames=options.judged_frames))
     log = {**judge(weights, options.width, held_out, device, options.out / "vae.png"), **log}
     save_log(options.out / "vae.json", log)
-    print({name: value for name, value in log.items() if name != "losses"}, flush=True)
+    print({name: value for name, value in log.items() if name not in BULKY}, flush=True)
     return log
 
 

@@ -1,10 +1,11 @@
 """What both trainers need: an end in time, a learning rate that knows it, averaged weights, records and pictures."""
 
+import argparse
 import json
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+BULKY = ("losses", "resumed")
+"""Parts of a log that are not for the screen."""
 
 
 class TimeBox:
@@ -117,6 +121,23 @@ def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
+
+
+def record_of(options: argparse.Namespace) -> dict:
+    """What a trainer was told, and what the one before it left that this one goes on from."""
+    record = {"options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}}
+    before = options.resume and options.resume.with_suffix(".json")
+    if before and before.is_file():
+        record["resumed"] = json.loads(before.read_text(encoding="utf-8"))
+    return record
+
+
+def profiled(train: Callable[[argparse.Namespace], dict], options: argparse.Namespace) -> None:
+    """Train for a few steps and tell where the time goes, on the card and on its way there."""
+    with torch.profiler.profile() as profile:
+        train(options)
+    for order in ("self_device_time_total", "self_cpu_time_total"):
+        print(profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60))
 
 
 def save_log(path: Path, content: dict) -> None:
