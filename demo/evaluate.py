@@ -2,7 +2,7 @@
 
     python demo/evaluate.py clips --out FOLDER        # 24 videos of 10 s or more, and one of 30 s
     python demo/evaluate.py knobs --out FOLDER        # every setting in turn, on videos of one clip
-    python demo/evaluate.py show FOLDER               # tables and plots from what the two wrote; needs matplotlib
+    python demo/evaluate.py show --out FOLDER         # tables and plots from what the two wrote; needs matplotlib
 
 All videos are made by `render` and judged by `quality`, as from the command line; many run side by side. Needs
 voices_heldout.npz (voices.py).
@@ -273,9 +273,79 @@ def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
     return {"plain": {**PLAIN, **summary(found["plain"])}, "knobs": knobs, "failed": failed}
 
 
+def table(path: Path) -> str:
+    """What judge_clips or judge_knobs wrote, as Markdown."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    columns = (
+        "lip_sync_correlation",
+        "lip_sync_lag_ms",
+        "swapped_correlation",
+        "identity_drift",
+        "seam_jump",
+        "flicker",
+    )
+    if "summary" in found:
+        rows = {name: group for name, group in found["summary"].items()}
+        columns = ("videos", "least_correlation", *columns, "seconds")
+        return markdown("videos", columns, rows)
+    columns = (*columns, "psnr", "ssim", "seconds")
+    parts = [markdown("plain", columns, {described(PLAIN): found["plain"]})]
+    for knob, values in found["knobs"].items():
+        parts.append(markdown(knob, columns, {described(value, KNOBS[knob]): value for value in values}))
+    return "\n".join(parts)
+
+
+def described(value: dict[str, Any], known: list[dict[str, Any]] | None = None) -> str:
+    names = dict.fromkeys(name for settings in known for name in settings) if known else value
+    return ", ".join(f"{name} {value[name]}" for name in names if name in value)
+
+
+def markdown(title: str, columns: tuple[str, ...], rows: dict[str, dict[str, Any]]) -> str:
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    lines = [f"| {title} | " + " | ".join(name.replace("_", " ") for name in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    lines += [f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, target: Path) -> None:
+    """Lip sync, likeness to the plain setting and flicker over every setting."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("the plots are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    measures = {"lip_sync_correlation": "lip sync, correlation", "psnr": "PSNR to plain, dB", "flicker": "flicker"}
+    figure = Figure(figsize=(3 * len(KNOBS), 7), layout="constrained")
+    axes = figure.subplots(len(measures), len(KNOBS), sharey="row", squeeze=False)
+    for column, (knob, all_settings) in enumerate(KNOBS.items()):
+        names = [described(settings) for settings in all_settings]
+        for row, (measure, label) in enumerate(measures.items()):
+            one = axes[row][column]
+            one.plot(names, [value[measure] for value in found["knobs"][knob]], "o-", markersize=4)
+            if measure != "psnr":
+                one.axhline(found["plain"][measure], color="grey", linewidth=0.8, linestyle="--")
+            one.tick_params(axis="x", rotation=90, labelsize=6)
+            one.set_ylabel(label if column == 0 else "")
+            one.set_title(knob if row == 0 else "", fontsize=9)
+            if row < len(measures) - 1:
+                one.set_xticklabels([])
+    figure.savefig(target, dpi=110)
+
+
+def show(folder: Path) -> None:
+    for name in ("clips", "knobs"):
+        if (path := folder / f"{name}.json").exists():
+            print(table(path))
+            if name == "knobs":
+                plot(path, folder / "knobs.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("clips", "knobs"))
+    parser.add_argument("what", choices=("clips", "knobs", "show"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="where the videos go; --out unless given")
     parser.add_argument("--checkpoint", type=Path, default=HERE.parent / "assets" / "checkpoint")
@@ -286,6 +356,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=KNOB_SCENES)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON of sampling settings, for clips")
     options = parser.parse_args()
+    if options.what == "show":
+        return show(options.out)
     place = Place(options.work or options.out, options.checkpoint, options.voices, options.device)
     for folder in (options.out, place.folder):
         folder.mkdir(parents=True, exist_ok=True)
