@@ -51,6 +51,8 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
     "shift": [{"shift": s} for s in (1.0, 2.0, 3.0, 5.0, 8.0)],
 }
 ROUTING = ("top_k", "expert_capacity", "overflow", "gate_dropout", "gate_dropout_seed")
+SILENT = ("overflow", "gate_dropout_seed")
+"""Settings that the plots need not name."""
 MEASURES = ("lip_sync_correlation", "lip_sync_lag_ms", "identity_drift", "seam_jump", "flicker", "psnr", "ssim")
 
 
@@ -321,7 +323,7 @@ def plot(path: Path, target: Path) -> None:
     figure = Figure(figsize=(3 * len(KNOBS), 7), layout="constrained")
     axes = figure.subplots(len(measures), len(KNOBS), sharey="row", squeeze=False)
     for column, (knob, all_settings) in enumerate(KNOBS.items()):
-        names = [described(settings) for settings in all_settings]
+        names = [" ".join(str(v) for name, v in one.items() if name not in SILENT) for one in all_settings]
         for row, (measure, label) in enumerate(measures.items()):
             one = axes[row][column]
             one.plot(names, [value[measure] for value in found["knobs"][knob]], "o-", markersize=4)
