@@ -1,8 +1,8 @@
-"""Make what the pack carries along: a portrait, a voice and a checkpoint to try it with.
+"""Make the portrait and the voice that the pack carries along. The checkpoint is trained: see README.md beside this.
 
-    python demo/make_assets.py [FOLDER] [--only portrait voice checkpoint]
+    python demo/make_assets.py [FOLDER] [--only portrait voice]
 
-The voice is spoken by espeak-ng (on Debian and Ubuntu: apt-get install espeak-ng); the rest needs no program.
+The voice is spoken by espeak-ng (on Debian and Ubuntu: apt-get install espeak-ng); the portrait needs no program.
 """
 
 import argparse
@@ -21,9 +21,8 @@ for folder in (ROOT, DEMO):
         sys.path.append(str(folder))
 
 from faces import Face, draw_face  # noqa: E402
-from tiny_checkpoint import make_checkpoint  # noqa: E402
 
-from wan_s2v_core.assets import ASSETS, CHECKPOINT, PORTRAIT, VOICE  # noqa: E402
+from wan_s2v_core.assets import ASSETS, PORTRAIT, VOICE  # noqa: E402
 from wan_s2v_core.io.audio import Recording, import_av, read_recording  # noqa: E402
 
 PORTRAIT_FACE = Face()
@@ -49,7 +48,7 @@ def speak(text: str) -> Recording:
     if program is None:
         raise SystemExit(
             "espeak-ng is not installed, and the voice is spoken by it. "
-            "Install it (apt-get install espeak-ng), or leave the voice out: --only portrait checkpoint"
+            "Install it (apt-get install espeak-ng), or leave the voice out: --only portrait"
         )
     with tempfile.TemporaryDirectory() as folder:
         spoken = Path(folder) / "spoken.wav"
@@ -80,11 +79,7 @@ def make_voice(path: Path) -> None:
     write_flac(path, level(spoken.samples[0].double().numpy(), spoken.rate_hz), spoken.rate_hz)
 
 
-MAKERS = {
-    "portrait": (PORTRAIT, make_portrait),
-    "voice": (VOICE, make_voice),
-    "checkpoint": (CHECKPOINT, make_checkpoint),
-}
+MAKERS = {"portrait": (PORTRAIT, make_portrait), "voice": (VOICE, make_voice)}
 
 
 def main() -> None:

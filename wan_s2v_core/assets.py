@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+from .config import SamplingConfig
 from .errors import ConfigError
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CHECKPOINT, PORTRAIT, VOICE = "checkpoint", "portrait.png", "voice.flac"
-DEMO_PROMPT = "A person talks to the camera."
+DEMO_PROMPT = "A person with long brown hair, green eyes and a green shirt talks to the camera, orange background."
+"""The portrait, in the words that the embedded model was trained with. Its negative prompt is the default one."""
+DEMO_SIDE_PX = 256
+"""The only size that the embedded model has learned; the workflows of the demo have these settings too."""
+DEMO_SAMPLING = SamplingConfig(steps=12, guidance_scale=2.0)
 
 
 def embedded(name: str) -> Path:

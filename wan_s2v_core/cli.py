@@ -116,8 +116,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from .assets import CHECKPOINT, DEMO_PROMPT, PORTRAIT, VOICE, embedded
-    from .config import SamplingConfig, VideoConfig
+    from .assets import CHECKPOINT, DEMO_PROMPT, DEMO_SAMPLING, DEMO_SIDE_PX, PORTRAIT, VOICE, embedded
+    from .config import VideoConfig
     from .render import RenderRequest
 
     request = RenderRequest(
@@ -128,9 +128,8 @@ def run_demo(options: argparse.Namespace) -> int:
         prompt=DEMO_PROMPT,
         device=best_device(),
     )
-    log.warning("the embedded checkpoint is tiny and has random weights: it shows that all works, and draws noise")
-    video = VideoConfig(max_area=128 * 128)
-    return make_video(request, video, SamplingConfig(steps=4), options.json)
+    log.warning("the embedded model is tiny and has learned drawn faces alone: no preview of the 14B model's quality")
+    return make_video(request, VideoConfig(max_area=DEMO_SIDE_PX**2), DEMO_SAMPLING, options.json)
 
 
 def make_video(

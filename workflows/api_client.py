@@ -280,6 +280,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="as Wan S2V Load Checkpoint names it [Wan2.2-S2V-14B (folder)]")
     parser.add_argument("--prompt", help="what is to be seen")
     parser.add_argument("--steps", type=int, help="per clip [40]")
+    parser.add_argument("--guidance_scale", type=float, metavar="SCALE", help="1 turns it off [4.5]")
     parser.add_argument("--size", type=size, metavar="WxH", help="the picture's shape in this area [832x480]")
     parser.add_argument("--seed", type=int, help="another number, another video [0]")
     parser.add_argument("--workflow", type=existing, default=WORKFLOW, help="in API format [api/talking_video.json]")
@@ -304,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint=options.checkpoint,
             prompt=options.prompt,
             steps=options.steps,
+            guidance_scale=options.guidance_scale,
             seed=options.seed,
             width=width,
             height=height,

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "wan_s2v_core"
 LAYERS = [  # lowest first; a layer may import itself only where it is a single package, and anything below
     ["errors"],
     ["geometry"],
-    ["config", "assets"],
+    ["config"],
+    ["assets"],
     ["seams", "io"],
     ["model"],
     ["conditioning"],

@@ -8,6 +8,8 @@ frontend than the installed one: static/ of a comfyui_frontend_package.
 import copy
 import json
 import os
+import subprocess
+import sys
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,14 @@ def comfy(extra_models):
     with ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables) as server:
         assert server.import_problems() == []
         yield server
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(comfy) -> str:
+    """A model without experts, unlike the embedded one: random weights -> its name in the menus."""
+    folder = comfy.base / "models" / "diffusion_models" / "Dense"
+    subprocess.run([sys.executable, ROOT / "demo" / "tiny_checkpoint.py", folder], check=True, capture_output=True)
+    return "Dense (folder)"
 
 
 @pytest.fixture(scope="session")

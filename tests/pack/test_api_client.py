@@ -56,12 +56,13 @@ def test_a_folder_with_a_broken_recording(work, comfy, watch):
 
 
 def test_one_recording(work, comfy, watch):
-    options = ("--prompt", "Ein Gesicht “spricht”.", "--seed", "7")
+    options = ("--prompt", "Ein Gesicht “spricht”.", "--seed", "7", "--guidance_scale", "1.5")
     ended = outcome(command(comfy, "--image", "face.png", "--audio", "talks/a first.wav", *TINY, *options), work)
     assert (ended.returncode, ended.stdout) == (0, "a first.mp4\n"), ended.stderr
     prompt = json.loads(watch(work / "a first.mp4").tags["prompt"])
     values = {name: value for node in prompt.values() for name, value in node["inputs"].items()}
-    assert (values["prompt"], values["seed"], values["width"]) == ("Ein Gesicht “spricht”.", 7, 64)
+    told = tuple(values[name] for name in ("prompt", "seed", "guidance_scale", "width"))
+    assert told == ("Ein Gesicht “spricht”.", 7, 1.5, 64)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ def model(name: str) -> dict:
     return {"model": ("WanS2VLoadModel", {"name": name})}
 
 
+DENSE = {"checkpoint": "Dense (folder)"}
+"""What the fixture `dense_checkpoint` writes; the embedded model has experts."""
+
 OURS = {
     "sound of not-a-numbers": (sound("nan.wav"), "samples are infinite or not a number"),
     "sound of one sample": (sound("dot.wav"), "ms long"),
@@ -76,8 +79,10 @@ OURS = {
     "format": ({"format": "gif"}, "format='gif'"),
     "overflow of experts": ({"moe_overflow": "nope"}, "overflow='nope'"),
     "drop without a capacity": ({"moe_overflow": "drop"}, "drops nothing"),
-    "seven experts": ({"split_experts": 7}, "split_experts=7 does not divide"),
-    "more experts than there are": ({"split_experts": 8, "moe_top_k": 9}, "top_k=9 with 8 experts"),
+    "seven experts": ({**DENSE, "split_experts": 7}, "split_experts=7 does not divide"),
+    "more experts than it is split into": ({**DENSE, "split_experts": 8, "moe_top_k": 9}, "top_k=9 with 8 experts"),
+    "more experts than there are": ({"moe_top_k": 9}, "top_k=9 with 8 experts"),
+    "experts that are split again": ({"split_experts": 4}, "has 8 experts already. Leave it at 0"),
     "unknown checkpoint": ({"checkpoint": "nope"}, "'nope' is not among the models"),
     "checkpoint in another folder": ({"checkpoint": "../../input"}, "'../../input' is not among the models"),
     "model at an absolute path": (model("/etc/passwd"), "'/etc/passwd' is not among the models"),
@@ -166,7 +171,7 @@ FINE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def files(comfy, write_sound, write_picture, write_film, chance):
+def files(comfy, dense_checkpoint, write_sound, write_picture, write_film, chance):
     """Everything that the cases name."""
     folder, models = comfy.base / "input", comfy.base / "models"
     write_sound("dot.wav", samples=np.zeros(1))

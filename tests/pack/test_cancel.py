@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 SAMPLE, SAVE = "6", "7"
-STEPS = 40
-"""So many that the end of a clip is far from its start; one takes about 20 ms at 64x64."""
+STEPS = 12
+"""So many that the end of a clip is far from its start; one takes about 0.1 s at 64x64."""
 SOON = 2.0
 """Seconds within which a cancelled run ends, on busy cores too; on idle ones it takes a tenth of a second."""
 LEAK_MB = 150
-"""Main memory that the server may keep after a cancelled run was freed. Its networks take about 10 MB, one clip's
+"""Main memory that the server may keep after a cancelled run was freed. Its networks take about 25 MB, one clip's
 activations some 100 MB; allocators keep some of what was used."""
 
 

@@ -189,6 +189,16 @@ def test_options_work(options, own, graph, film):
         assert rows % 16 == columns % 16 == 0
 
 
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_expert_settings_apply_where_there_are_experts(is_dense, graph, film, dense_checkpoint, comfy, new_seed):
+    """To the embedded model, which has them; on a dense one they change nothing, and that is said."""
+    common = {"seed": new_seed(), "format": "lossless-mkv", "checkpoint": dense_checkpoint if is_dense else EMBEDDED}
+    plain, said = film(graph(**common)), comfy.log().count("Not applicable")
+    fewer = film(graph(**common, moe_top_k=1))
+    assert np.array_equal(plain.pictures, fewer.pictures) == is_dense
+    assert comfy.log().count("Not applicable") == said + is_dense
+
+
 def test_start_from_picture_begins_with_it(own, graph, run, comfy, watch, new_seed):
     """One more thing than the sampler's first frame: with it, the picture shapes what comes first."""
     seed = new_seed()
