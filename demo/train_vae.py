@@ -56,8 +56,10 @@ CLIP_FRAMES = 25
 """Enough for latent frames that have left the beginning behind (`whole_vae.confine_time`)."""
 GRADIENT_WEIGHT = 1.0
 KL_WEIGHT = 1e-4
-MOUTH_WEIGHT = 4.0
-"""How much more a pixel of the mouth counts than another."""
+MOVES_WEIGHT = 2.0
+"""Of the differences between frames: four of them share a latent frame, and a mouth is not the same in all four."""
+MOUTH_JITTER = 0.15
+"""How far the middle of a crop around a mouth lies from it, in crops."""
 JUMP_SHARE = 0.15
 """Share of the clips whose first frame is another one of the scene: a clip behind a reference picture."""
 GREY_SHARE = 0.08
@@ -98,7 +100,8 @@ class ScenePool:
         side = settings.size_px
         self.pixels = torch.empty(size, settings.frames, side, side, 3, dtype=torch.uint8, device=device)
         self.mouths = torch.zeros(size, settings.frames, 4, dtype=torch.int16, device=device)
-        self.size, self.added = size, 0
+        self.mouth_centres = np.full((size, 2), side / 2)
+        self.size, self.added, self.mouth_share = size, 0, 0.0
 
     def __len__(self) -> int:
         return min(self.added, self.size)
@@ -112,12 +115,15 @@ class ScenePool:
         place = self.added % self.size
         self.pixels[place].copy_(torch.from_numpy(np.array(pixels)))
         self.mouths[place].copy_(torch.from_numpy(mouths))
+        if mouths.any():
+            self.mouth_centres[place] = mouths.reshape(-1, 2, 2).mean((0, 1))
         self.added += 1
 
     def sample(self, count: int, frames: int, side_px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Clips B 3 T H W in [-1, 1] and the mouth's mask B 1 T H W; crops lie around the face more often than not.
+        """Clips B 3 T H W in [-1, 1] and the mouth's mask B 1 T H W.
 
-        Half of them are mirrored, half are tinted. Few calls whatever the count, as small ones wait for those.
+        A share of the crops lies around the mouth, the others around the face more often than not. Half of them are
+        mirrored, half are tinted. Few calls whatever the count, as small ones wait for those.
         """
         length, whole = self.pixels.shape[1:3]
         scene = rng.integers(len(self), size=count)
@@ -128,7 +134,10 @@ class ScenePool:
             picked[jumps, 0] = rng.integers(length, size=jumps.sum())
             begins_grey = rng.random(count) < GREY_SHARE
             grey[begins_grey] = rng.integers(1, frames - 1, size=begins_grey.sum())
-        corner = (np.clip(rng.normal(0.5, 0.25, (count, 2)), 0, 1) * (whole - side_px)).astype(np.int64)
+        corner = np.clip(rng.normal(0.5, 0.25, (count, 2)), 0, 1) * (whole - side_px)
+        around = self.mouth_centres[scene] + rng.normal(0, MOUTH_JITTER * side_px, (count, 2)) - side_px / 2
+        is_mouth = rng.random(count) < self.mouth_share
+        corner = np.where(is_mouth[:, None], around, corner).clip(0, whole - side_px).astype(np.int64)
         rows, columns = (corner[:, i, None] + np.arange(side_px) for i in (1, 0))
         mirrored = rng.random(count) < 0.5
         columns[mirrored] = columns[mirrored, ::-1]
@@ -152,19 +161,26 @@ def gradients(video: Tensor) -> tuple[Tensor, Tensor]:
     return video.diff(dim=-1), video.diff(dim=-2)
 
 
-def vae_loss(network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
-    """Losses of one batch; `total` is what is minimised."""
+def vae_loss(
+    network: WholeVAE, video: Tensor, mouth: Tensor, precision: torch.dtype, mouth_weight: float = 4.0
+) -> dict[str, Tensor]:
+    """Losses of one batch; `total` is what is minimised. `mouth_weight`: how much more a pixel of the mouth counts."""
     # Weights are cast anew each time: a CUDA graph must not read copies made before it.
     with torch.autocast(video.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
         mean, log_variance = (t.float() for t in network.moments(video))
         raw = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         made = network.pixels(raw).float()
-    weight = 1 + (MOUTH_WEIGHT - 1) * mouth
+    weight = 1 + (mouth_weight - 1) * mouth
     pixel = ((made - video).abs() * weight).mean() / weight.mean()
     edges = sum((a - b).abs().mean() for a, b in zip(gradients(made), gradients(video), strict=True)) / 2
     divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     total = pixel + GRADIENT_WEIGHT * edges + KL_WEIGHT * divergence
-    return {"total": total, "pixel": pixel, "edges": edges, "divergence": divergence}
+    found = {"pixel": pixel, "edges": edges, "divergence": divergence}
+    if video.shape[2] > 1:
+        later = weight[:, :, 1:]
+        moves = ((made.diff(dim=2) - video.diff(dim=2)).abs() * later).mean() / later.mean()
+        found["moves"], total = moves, total + MOVES_WEIGHT * moves
+    return {"total": total, **found}
 
 
 def norm_and_silu(rows: Tensor, gamma: Tensor) -> Tensor:
@@ -207,8 +223,15 @@ class GradientStep:
     One step at a time: gradients lie where the last captured graph put them, so an earlier one must not run again.
     """
 
-    def __init__(self, network: WholeVAE, batch: tuple[Tensor, Tensor], precision: torch.dtype, captures: bool):
-        self.network, self.precision, self.graph = network, precision, None
+    def __init__(
+        self,
+        network: WholeVAE,
+        batch: tuple[Tensor, Tensor],
+        precision: torch.dtype,
+        captures: bool,
+        mouth_weight: float = 4.0,
+    ):
+        self.network, self.precision, self.mouth_weight, self.graph = network, precision, mouth_weight, None
         if captures:
             try:
                 self._capture(batch)
@@ -218,7 +241,7 @@ class GradientStep:
                 print(f"no CUDA graph, steps are launched one kernel at a time: {error}", flush=True)
 
     def _run(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        found = vae_loss(self.network, *batch, self.precision)
+        found = vae_loss(self.network, *batch, self.precision, self.mouth_weight)
         self.network.zero_grad(set_to_none=True)
         found["total"].backward()
         return {name: value.detach() for name, value in found.items()}
@@ -365,6 +388,7 @@ def train(options: argparse.Namespace) -> dict:
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=on_card)
     pool = ScenePool(options.pool, settings, device)
+    pool.mouth_share = options.mouth_share
     while len(pool) < options.first_scenes:
         for scene in feed.wait():
             pool.add(scene)
@@ -384,7 +408,9 @@ def train(options: argparse.Namespace) -> dict:
         if stage is not current:
             stage, told = current, (step, time.monotonic())
             gradients_of = None  # gives the last graph's memory back
-            gradients_of = GradientStep(network, sample(stage), precision, on_card and options.graphs)
+            gradients_of = GradientStep(
+                network, sample(stage), precision, on_card and options.graphs, options.mouth_weight
+            )
             print(f"{step} {box.elapsed:.0f}s {stage}", flush=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options.lr, box.share, step, options.warm_up)
@@ -460,6 +486,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip_frames", type=int, default=CLIP_FRAMES)
     parser.add_argument("--batch", type=int, default=8, help="see make_stages")
     parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--mouth_share", type=float, default=0.0, help="share of the crops that lie around the mouth")
+    parser.add_argument("--mouth_weight", type=float, default=4.0, help="of a pixel of the mouth in the loss")
     parser.add_argument("--shares", type=float, nargs=2, default=[0.4, 0.75], help="of the time: ends of two stages")
     parser.add_argument("--pool", type=int, default=2000, help="scenes kept on the device, 9.6 MB each")
     parser.add_argument("--first_scenes", type=int, default=40, help="needed before training begins")

@@ -172,7 +172,8 @@ def test_the_vae_learns_pictures_then_clips(demo, scene):
         boxes = torch.from_numpy(scene.mouths[:frames]).float()
         mouth = demo.training.box_mask(boxes, SIZE_PX, SIZE_PX)[None, None]
         losses = train_steps(demo, network, (video, mouth), 20)
-        assert np.isfinite(losses).all() and losses[-1] < (0.8 if frames == 1 else 1.0) * losses[0]
+        begun = losses[0] if frames == 1 else losses[1]  # a fresh optimizer's first step leaps
+        assert np.isfinite(losses).all() and losses[-1] < 0.9 * begun
     for name, layer in demo.whole_vae.time_layers(vae.network).items():
         assert demo.whole_vae.is_confined(layer.weight) != name.endswith("time_conv"), name
 
@@ -187,9 +188,11 @@ def test_clips_are_cut_from_scenes_with_their_mouths(demo, scene, monkeypatch):
     pool.add(replace(scene, pixels=bright, pose=None))
     monkeypatch.setattr(demo.train_vae, "TINT", 0.0)
     monkeypatch.setattr(demo.train_vae, "GREY_SHARE", 0.0)
-    video, mouth = pool.sample(16, 5, 24, np.random.default_rng(0))
-    assert video.shape == (16, 3, 5, 24, 24) and mouth.shape == (16, 1, 5, 24, 24)
-    torch.testing.assert_close(video, (2 * mouth - 1).expand_as(video))
+    for pool.mouth_share in (0.0, 1.0):
+        video, mouth = pool.sample(16, 5, 24, np.random.default_rng(0))
+        assert video.shape == (16, 3, 5, 24, 24) and mouth.shape == (16, 1, 5, 24, 24)
+        torch.testing.assert_close(video, (2 * mouth - 1).expand_as(video))
+    assert mouth.sum(dim=(1, 2, 3, 4)).min() > 0.5 * mouth.sum(dim=(1, 2, 3, 4)).max() > 0  # each crop has the mouth
     monkeypatch.setattr(demo.train_vae, "GREY_SHARE", 1.0)
     video, _ = pool.sample(16, 5, 24, np.random.default_rng(0))
     assert not video[:, :, 0].any() and video[:, :, -1].all()
