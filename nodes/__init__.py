@@ -6,6 +6,7 @@ from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
 from .sample import Sample
+from .timeline import add_route
 
 NODES = [
     LoadCheckpoint,
@@ -30,4 +31,5 @@ class WanS2VExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ComfyExtension:
+    add_route()
     return WanS2VExtension()

@@ -212,6 +212,16 @@ def say(node_id: str, text: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
+CLIP, TIMELINE = "wan_s2v.clip", "wan_s2v.timeline"
+"""Kinds of messages."""
+
+
+def tell(kind: str, node_id: str, **facts: Any) -> None:
+    """Tell the page that queued the prompt where a node is; web/js/ shows it."""
+    server = PromptServer.instance
+    server.send_sync(kind, {"node": node_id, "prompt_id": server.last_prompt_id, **facts}, server.client_id)
+
+
 def step_reporter(node_id: str, clips: int, steps: int, finished: int = 0) -> Callable[[int, int, Tensor], None]:
     """Progress over all clips and steps with a preview picture; raises when the user has pressed cancel.
 
@@ -226,6 +236,7 @@ def step_reporter(node_id: str, clips: int, steps: int, finished: int = 0) -> Ca
         done = clip * steps + step
         left = (time.monotonic() - began) * (total - done) / (done - finished * steps)
         say(node_id, f"clip {clip + 1} of {clips}, step {step} of {steps}, {left:.0f} s left")
+        tell(CLIP, node_id, clip=clip, clips=clips, step=step, steps=steps)
         middle = clean.shape[2] // 2
         preview = previewer.decode_latent_to_preview_image("JPEG", clean[:, :, middle : middle + 1].float())
         bar.update_absolute(done, total, preview)

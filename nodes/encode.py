@@ -20,6 +20,7 @@ from .sockets import (
     text_of,
     voice_of,
 )
+from .timeline import timeline_of
 
 CATEGORY = "WanS2V/conditioning"
 BY_PICTURE, EXACT = SIZE_RULES = ("picture's aspect", "exact")
@@ -259,4 +260,5 @@ class Conditioning(io.ComfyNode):
             cls.hidden.unique_id,
             f"{made.plan.frames} frames, {seconds:.1f} s, {columns}x{rows} px, {made.clips} clips",
         )
+        bridge.tell(bridge.TIMELINE, cls.hidden.unique_id, plan=timeline_of(made))
         return io.NodeOutput(made)

@@ -11,6 +11,7 @@ from ..wan_s2v_core.model.loading import find_part
 from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, clip_keys
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, choose_routing
 from . import bridge
+from .clip_films import ClipFilms
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
 
 
@@ -172,8 +173,10 @@ class Sample(io.ComfyNode):
         if finished.clip_frames:
             bridge.say(cls.hidden.unique_id, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
         report = bridge.step_reporter(cls.hidden.unique_id, job.clips, steps, len(finished.clip_frames))
+        films = ClipFilms(cls.hidden.unique_id, store, job.clips)
         for clip in pipeline.generate(job, sampling, report, usable, finished):
-            store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
+            store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)
+            films.add(frames)
         if usable:
             bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
         elif routing != ExpertRouting():

@@ -267,7 +267,7 @@ class ClipStore:
             ConfigError: if the disk does not take it.
         """
         index, self.size_px = len(self.clip_frames), tuple(frames.shape[1:3])
-        stored, sound = self.stored, self._sound(sum(self.clip_frames), len(frames))
+        stored, sound = self.stored, sound_of(self.recording, self.fps, sum(self.clip_frames), len(frames))
         height, width = self.size_px
         try:
             if not index:
@@ -288,14 +288,6 @@ class ClipStore:
                 f"Free some space or save elsewhere; finished clips there: {index}."
             ) from error
         self.clip_frames.append(len(frames))
-
-    def _sound(self, start: int, frames: int) -> Recording:
-        """The stretch of sound that belongs to some frames, silence past the end."""
-        samples, rate = self.recording.samples, self.recording.rate_hz
-        first, stop = (round(frame / self.fps * rate) for frame in (start, start + frames))
-        shortest = -(-SHORTEST_SPEECH_SAMPLES * rate // SPEECH_HZ)
-        own = samples[:, first:stop]
-        return Recording(F.pad(own, (0, max(stop - first, shortest) - own.shape[1])), rate)
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True)
@@ -327,6 +319,15 @@ class ClipStore:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.is_begun = False
         return taken
+
+
+def sound_of(recording: Recording, fps: float, start: int, frames: int) -> Recording:
+    """The stretch of sound that belongs to some frames, silence past the end."""
+    samples, rate = recording.samples, recording.rate_hz
+    first, stop = (round(frame / fps * rate) for frame in (start, start + frames))
+    shortest = -(-SHORTEST_SPEECH_SAMPLES * rate // SPEECH_HZ)
+    own = samples[:, first:stop]
+    return Recording(F.pad(own, (0, max(stop - first, shortest) - own.shape[1])), rate)
 
 
 def check_unused(folder: Path) -> None:
