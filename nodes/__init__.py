@@ -5,10 +5,12 @@ from comfy_api.latest import ComfyExtension, io
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
-from .sample import Sample
+from .sample import Sample, SamplingPreset
 from .timeline import add_route
+from .video import TalkingVideo
 
 NODES = [
+    TalkingVideo,
     LoadCheckpoint,
     LoadModel,
     LoadTextEncoder,
@@ -19,6 +21,7 @@ NODES = [
     VoiceFromEncoder,
     EncodeText,
     Conditioning,
+    SamplingPreset,
     Sample,
     DecodeClips,
     SaveVideo,

@@ -19,12 +19,13 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from comfy_execution.progress import get_progress_state
 from latent_preview import Latent2RGBPreviewer
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
-from ..wan_s2v_core.config import ModelRecipe
+from ..wan_s2v_core.config import DEMO, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory import Home
@@ -34,7 +35,7 @@ from ..wan_s2v_core.prepare import AUTO, plan_loading
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = "embedded demo"
+EMBEDDED = DEMO
 OFFICIAL = " (folder)"
 """Ends the name of a folder in the official layout, so that it cannot be taken for a file."""
 MODEL_FOLDERS = {
@@ -68,6 +69,29 @@ def checkpoint_choices() -> list[str]:
     return [*official_folders(), EMBEDDED]
 
 
+def input_choices(*kinds: str) -> list[str]:
+    """Files in ComfyUI's input folder of the kinds image, audio and video, and what comes with the pack."""
+    root = Path(folder_paths.get_input_directory())
+    names = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
+    return [*sorted(folder_paths.filter_files_content_types(names, list(kinds))), EMBEDDED]
+
+
+def find_input(name: str) -> Path:
+    """A file by the name that ComfyUI's loaders know it by, such as face.png or sub/face.png [output].
+
+    Raises:
+        ConfigError: if it is not there, or not in ComfyUI's input, output or temp folder.
+    """
+    bare, root = folder_paths.annotated_filepath(str(name))
+    root = os.path.abspath(root or folder_paths.get_input_directory())
+    path = os.path.abspath(os.path.join(root, bare))
+    if not path.startswith(root + os.sep) or not os.path.isfile(path):
+        raise ConfigError(
+            f"{name!r} is no file in ComfyUI's {Path(root).name} folder. Upload it there, press R and choose it again."
+        )
+    return Path(path)
+
+
 def find_model(kind: str, name: str) -> ModelRecipe:
     """The network behind a name in a menu.
 
@@ -93,7 +117,11 @@ def stamp_of(*recipes: ModelRecipe) -> str:
 
     ComfyUI writes it into every file it saves: a digest tells nobody where the models lie.
     """
-    files = [file for recipe in recipes for file in files_of(recipe.path, recipe.kind)]
+    return files_stamp(*(file for recipe in recipes for file in files_of(recipe.path, recipe.kind)))
+
+
+def files_stamp(*files: Path) -> str:
+    """Changes when one of the files does."""
     facts = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -208,8 +236,9 @@ check_interrupt = manager.throw_exception_if_processing_interrupted
 
 
 def say(node_id: str, text: str) -> None:
-    """Show a line of text in a node."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    """Show a line of text in a node; in the node that stands for it on the canvas where it is part of another."""
+    shown = get_progress_state().dynprompt.get_display_node_id(node_id)
+    PromptServer.instance.send_progress_text(text, shown)
 
 
 CLIP, TIMELINE = "wan_s2v.clip", "wan_s2v.timeline"

@@ -4,7 +4,18 @@ from comfy_api.latest import io
 
 from ..wan_s2v_core.acceleration.experts.router import describe_experts
 from ..wan_s2v_core.conditioning.image import to_frames
-from ..wan_s2v_core.config import NOISES, OVERFLOWS, SIGMA_SPACINGS, SOLVERS, ExpertRouting, SamplingConfig
+from ..wan_s2v_core.config import (
+    NOISES,
+    OVERFLOWS,
+    PRESETS,
+    REFERENCE_PRESET,
+    SIGMA_SPACINGS,
+    SOLVERS,
+    ExpertRouting,
+    SamplingConfig,
+    preset_lines,
+    sampling_preset,
+)
 from ..wan_s2v_core.io.clip_store import ClipStore
 from ..wan_s2v_core.model.checkpoint import DIT
 from ..wan_s2v_core.model.loading import find_part
@@ -14,6 +25,41 @@ from . import bridge
 from .clip_films import ClipFilms
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
 
+CATEGORY = "WanS2V/sampling"
+AnyChoice = io.Custom("COMBO")
+"""A Combo output of ComfyUI's would have the list of its options as its type, and fit no Combo input."""
+
+
+class SamplingPreset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanS2VSamplingPreset",
+            display_name="Wan S2V Sampling Preset",
+            category=CATEGORY,
+            description="Steps, guidance, shift and solver that go together. Connect them to the inputs of Wan S2V "
+            "Sample that have the same names; what is not connected stays as it is set there.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=REFERENCE_PRESET,
+                    tooltip="; ".join(preset_lines()),
+                )
+            ],
+            outputs=[
+                io.Int.Output("steps", display_name="steps"),
+                io.Float.Output("guidance_scale", display_name="guidance_scale"),
+                io.Float.Output("shift", display_name="shift"),
+                AnyChoice.Output("solver", display_name="solver"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preset) -> io.NodeOutput:
+        made = sampling_preset(preset)
+        return io.NodeOutput(made.steps, made.guidance_scale, made.shift, made.solver)
+
 
 class Sample(io.ComfyNode):
     @classmethod
@@ -21,7 +67,7 @@ class Sample(io.ComfyNode):
         return io.Schema(
             node_id="WanS2VSample",
             display_name="Wan S2V Sample",
-            category="WanS2V/sampling",
+            category=CATEGORY,
             description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
             f"output/{bridge.CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
             inputs=[
@@ -123,6 +169,16 @@ class Sample(io.ComfyNode):
                     "(moe_top_k 0) the result is the same; fewer is an approximation. Not faster: on an H200 a forward "
                     "takes 3.49 s with 4 of 8, 3.43 s whole. 0: leave it whole.",
                 ),
+                io.Float.Input(
+                    "colour_match",
+                    optional=True,  # prompts of the API that were made before it was there stay valid
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Against colours that drift over many clips: pulls those of every clip towards the "
+                    "picture's. Leave it at 0 where the light is meant to change.",
+                ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
             hidden=[io.Hidden.unique_id],
@@ -132,7 +188,7 @@ class Sample(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
-        moe_overflow, split_experts,
+        moe_overflow, split_experts, colour_match=0.0,
     ) -> io.NodeOutput:  # fmt: skip
         sampling = SamplingConfig(
             steps=steps,
@@ -143,6 +199,7 @@ class Sample(io.ComfyNode):
             audio_guidance_scale=audio_guidance_scale or None,
             seed=seed,
             noise=noise,
+            colour_match=colour_match,
         )
         routing = ExpertRouting(
             top_k=moe_top_k or None,

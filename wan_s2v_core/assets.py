@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .config import SamplingConfig
+from .config import DEMO, PRESETS
 from .errors import ConfigError
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -11,7 +11,7 @@ DEMO_PROMPT = "A person with long brown hair, green eyes and a green shirt talks
 """The portrait, in the words that the embedded model was trained with. Its negative prompt is the default one."""
 DEMO_SIDE_PX = 256
 """The only size that the embedded model has learned; the workflows of the demo have these settings too."""
-DEMO_SAMPLING = SamplingConfig(steps=12, guidance_scale=2.0)
+DEMO_SAMPLING = PRESETS[DEMO]
 
 
 def embedded(name: str) -> Path:

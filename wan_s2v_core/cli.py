@@ -12,9 +12,11 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config import REFERENCE_PRESET, preset_lines
 from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
-    from .config import ExpertRouting, SamplingConfig, VideoConfig
+    from .config import ExpertRouting, VideoConfig
     from .render import RenderRequest, earlier_seed
 
     for flag, needs in NOT_YET.items():
@@ -95,16 +97,7 @@ def run_generate(options: argparse.Namespace) -> int:
     seed = options.base_seed if options.base_seed >= 0 else earlier_seed(Path(request.save_file))
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-    sampling = SamplingConfig(
-        steps=options.sample_steps,
-        shift=options.sample_shift,
-        solver=options.sample_solver,
-        sigmas=options.sigmas,
-        guidance_scale=max(1.0, options.sample_guide_scale),
-        audio_guidance_scale=options.audio_guide_scale,
-        seed=seed,
-        noise=options.noise,
-    )
+    sampling = sampling_of(options, seed)
     routing = ExpertRouting(
         top_k=options.moe_top_k,
         expert_capacity=options.moe_expert_capacity,
@@ -113,6 +106,28 @@ def run_generate(options: argparse.Namespace) -> int:
         gate_dropout_seed=sampling.seed if options.moe_gate_dropout else None,
     )
     return make_video(request, video, sampling, options.json, routing)
+
+
+def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
+    """The preset, but for what was asked for by a flag of its own."""
+    from .config import sampling_preset
+
+    guidance = options.sample_guide_scale
+    asked = {
+        "steps": options.sample_steps,
+        "shift": options.sample_shift,
+        "solver": options.sample_solver,
+        "guidance_scale": None if guidance is None else max(1.0, guidance),
+    }
+    return replace(
+        sampling_preset(options.preset),
+        **{name: value for name, value in asked.items() if value is not None},
+        sigmas=options.sigmas,
+        audio_guidance_scale=options.audio_guide_scale,
+        seed=seed,
+        noise=options.noise,
+        colour_match=options.colour_match,
+    )
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -215,10 +230,12 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--pose_video", help="driving video")
     add("--num_clip", type=int, help="at most this many clips")
     add("--infer_frames", type=int, default=80, help="frames of a clip, a multiple of 4 (default %(default)s)")
-    add("--sample_steps", type=int, default=40, help="default %(default)s")
-    add("--sample_shift", type=float, default=3.0, help="3 at 480p, 5 at 720p (default %(default)s)")
-    add("--sample_solver", default="unipc", help="unipc, dpm++ or euler (default %(default)s)")
-    add("--sample_guide_scale", type=float, default=4.5, help="1 or less: no guidance (default %(default)s)")
+    presets = "; ".join(preset_lines())
+    add("--preset", default=REFERENCE_PRESET, help=f"settings that the next four flags change. {presets}")
+    add("--sample_steps", type=int, help="instead of the preset's")
+    add("--sample_shift", type=float, help="3 at 480p, 5 at 720p; instead of the preset's")
+    add("--sample_solver", help="unipc, dpm++ or euler; instead of the preset's")
+    add("--sample_guide_scale", type=float, help="1 or less: no guidance; instead of the preset's")
     add("--base_seed", type=int, default=-1, help="-1: a new one, or that of a run to go on with")
     add("--start_from_ref", action="store_true", help="the video begins as the picture")
     add(
@@ -241,6 +258,12 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--device", help="cuda if there is a card, else cpu")
     add("--precision", help="bfloat16 (default on a card), float16, float32 (default on a CPU) or float8-weights")
     add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
+    add(
+        "--colour_match",
+        type=float,
+        default=0.0,
+        help="0 to 1: give every clip the picture's colours, against drift over many clips (default %(default)s)",
+    )
     add("--hear_past", action="store_true", help="a clip hears what was said before it, not its first moment held")
     add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):

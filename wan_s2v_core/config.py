@@ -159,7 +159,8 @@ class SamplingConfig(JsonConfig):
     `guidance_scale` weighs the prompt against the negative prompt; `audio_guidance_scale` weighs the voice against
     silence and follows `guidance_scale` when it is None, which is the reference and the cheapest. `noise`: cpu draws
     float32 numbers that are the same on every device; reference draws bfloat16 ones on the device itself and keeps the
-    latents in bfloat16 between steps.
+    latents in bfloat16 between steps. `colour_match` pulls the colours of every clip towards those of the picture: 0
+    leaves them as they are made, 1 gives each channel the picture's mean and deviation.
     """
 
     steps: int = 40
@@ -170,6 +171,7 @@ class SamplingConfig(JsonConfig):
     audio_guidance_scale: float | None = None
     seed: int = 0
     noise: str = "cpu"
+    colour_match: float = 0.0
 
     def __post_init__(self):
         if self.steps < 1:
@@ -184,11 +186,51 @@ class SamplingConfig(JsonConfig):
         for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
             if not 1 <= scale < float("inf"):
                 raise ConfigError(f"{name}={scale} must be 1 or more. 1 turns guidance off; the reference uses 4.5.")
+        if not 0 <= self.colour_match <= 1:
+            raise ConfigError(f"colour_match={self.colour_match} is outside 0 to 1. Use 0 for none, 1 for all of it.")
 
     @property
     def audio_scale(self) -> float:
         return self.guidance_scale if self.audio_guidance_scale is None else self.audio_guidance_scale
 
+
+REFERENCE_PRESET, HD_PRESET = "reference 480p", "reference 720p"
+DEMO = "embedded demo"
+"""What the tiny model that comes with the pack is called in menus, and the preset that goes with it."""
+PRESETS = {
+    REFERENCE_PRESET: SamplingConfig(),
+    HD_PRESET: SamplingConfig(shift=5.0),
+    "ComfyUI template": SamplingConfig(steps=20, shift=8.0, guidance_scale=6.0),
+    "quick look": SamplingConfig(steps=8),
+    DEMO: SamplingConfig(steps=12, guidance_scale=2.0),
+}
+"""Settings that go together, by the names that nodes and the command line offer them under."""
+PRESET_FIELDS = ("steps", "shift", "guidance_scale", "solver")
+"""What a preset decides."""
+
+
+def sampling_preset(name: str) -> SamplingConfig:
+    """Raises ConfigError if there is no preset of that name."""
+    check_choice("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def preset_lines() -> list[str]:
+    """The presets as a person reads them, one a line."""
+    return [
+        f"{name}: {made.steps} steps, shift {made.shift:g}, guidance {made.guidance_scale:g}, {made.solver}"
+        for name, made in PRESETS.items()
+    ]
+
+
+DEFAULT_SIZE, DEMO_SIZE = "480p (832x480)", "demo (256x256)"
+VIDEO_SIZES = {
+    DEFAULT_SIZE: (832, 480),
+    "704p (1024x704)": (1024, 704),
+    "720p (1280x704)": (1280, 704),
+    DEMO_SIZE: (256, 256),
+}
+"""Width and height whose product bounds the area, by their names in menus; the picture gives the aspect."""
 
 PICTURE_FITS = ("crop", "pad", "reference")
 TIMINGS = ("aligned", "reference")

@@ -249,7 +249,8 @@ class S2VPipeline:
         noises = (clip_noise(shape, config.seed, index, device, config.noise) for index, shape in enumerate(shapes))
         past, starts = job.video.motion_frames, job.video.starts_from_reference
         reference = job.reference.to(device)
-        for clip in generate_clips(sample, self.encode, self.decode, reference, past, noises, starts, finished):
+        ways = (sample, self.encode, self.decode)
+        for clip in generate_clips(*ways, reference, past, noises, starts, finished, config.colour_match):
             yield replace(clip, video=clip.video[:, :, : job.plan.shown(clip.index)])
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from wan_s2v_core import render as rendering
-from wan_s2v_core.config import SamplingConfig, VideoConfig
+from wan_s2v_core.cli import make_parser, sampling_of
+from wan_s2v_core.config import PRESETS, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.video import probe_video, read_frames
 
@@ -110,6 +111,7 @@ def test_same_seed_same_video_and_clips_can_be_kept(command, run_cli, inputs):
         {"clip_plan": "reference", "timing": "reference"},
         {"sample_solver": "dpm++", "sample_shift": 5, "sigmas": "karras"},
         {"sample_guide_scale": 1},
+        {"colour_match": 1},
         {"audio_guide_scale": 2.0},
         {"audio_start": 0.5, "audio_seconds": 1.0},
         {"fit": "pad", "fps": 25},
@@ -128,6 +130,33 @@ def test_options_work(flags, command, run_cli, inputs):
     else:
         assert report["frames"] == round(report["fps"] * seconds)
     assert probe_video(report["path"]).frames == report["frames"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, SamplingConfig()),
+        ({"preset": "ComfyUI template"}, SamplingConfig(steps=20, shift=8.0, guidance_scale=6.0)),
+        ({"preset": "reference 720p", "sample_steps": 3}, SamplingConfig(steps=3, shift=5.0)),
+        (
+            {"preset": "embedded demo", "sample_shift": 5, "sample_guide_scale": 0.5, "sample_solver": "euler"},
+            SamplingConfig(steps=12, shift=5.0, guidance_scale=1.0, solver="euler"),
+        ),
+        ({"preset": "quick look", "colour_match": 0.5}, SamplingConfig(steps=8, colour_match=0.5)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_preset_gives_way_to_flags(flags, expected):
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    options = make_parser().parse_args(["generate", "--ckpt_dir", "m", "--audio", "a.wav", *words])
+    assert sampling_of(options, seed=0) == expected
+
+
+def test_presets_are_told_where_they_are_chosen(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(line in told for line in preset_lines()) and len(preset_lines()) == len(PRESETS)
 
 
 @pytest.fixture
@@ -242,6 +271,8 @@ BAD = {
     "size is no size": ({"size": "big"}, "--size big"),
     "size too small": ({"size": "32*32"}, "max_area=1024"),
     "clip frames": ({"infer_frames": 81}, "clip_frames=81"),
+    "preset": ({"preset": "best"}, "preset='best' is not known. Use one of: reference 480p"),
+    "colour match": ({"colour_match": 2}, "colour_match=2.0"),
     "no steps": ({"sample_steps": 0}, "steps=0"),
     "shift": ({"sample_shift": -1}, "shift=-1"),
     "solver": ({"sample_solver": "heun"}, "solver='heun'"),

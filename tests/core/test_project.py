@@ -76,6 +76,71 @@ def test_nothing_runs_foreign_code(path):
             assert called not in ("load", "loads")
 
 
+PUBLISHED = sorted([ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / "wan_s2v_core").rglob("*.py")])
+"""What users of the registry get and ComfyUI imports."""
+REACHES_OUT = {
+    *("subprocess", "multiprocessing", "socket", "ssl", "ctypes", "code", "pip", "webbrowser"),
+    *("http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"),
+}
+"""Modules that start processes, open connections or run what they read. The registry's scan looks for their names."""
+ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
+
+
+def reaches_out(tree: ast.AST) -> list[str]:
+    """What a module does that a registry would refuse, however it is spelled: imported whole, in part or renamed."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in REACHES_OUT]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [node.module] if node.module.split(".")[0] in REACHES_OUT else []
+            found += [alias.name for alias in node.names if node.module == "os" and alias.name in ENVIRONMENT]
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "os" and node.attr in ENVIRONMENT:
+            found.append(f"os.{node.attr}")
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in RUNS_TEXT:
+            found.append(node.func.id)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found.append("import_module")
+    return found
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_is_published_keeps_to_itself(path):
+    """Nodes and engine start no process, open no connection, read no environment and run no text."""
+    assert reaches_out(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import subprocess",
+        "def f():\n    from urllib.request import urlopen",
+        "import requests as r",
+        "from os import environ as e",
+        "import os\nos.getenv('HOME')",
+        "eval('1')",
+        "exec('x = 1')",
+        "import importlib\nimportlib.import_module('socket')",
+    ],
+)
+def test_the_scan_sees(source):
+    assert reaches_out(ast.parse(source))
+
+
+def test_the_registry_knows_what_this_is():
+    """What the registry's client asks for before it publishes."""
+    facts = project()
+    comfy, own = facts["tool"]["comfy"], facts["project"]
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", own["name"]) and len(own["name"]) <= 100
+    assert re.fullmatch(r"\d+\.\d+\.\d+", own["version"]), "the registry takes semantic versions alone"
+    assert own["description"] and (ROOT / own["license"]["file"]).is_file()
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert (ROOT / "__init__.py").is_file() and (ROOT / "requirements.txt").is_file()
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    assert not {"nodes/", "wan_s2v_core/", "web/", "locales/", "assets/", "workflows/"} & set(ignored)
+
+
 def test_golden_tensors_stay_small():
     size = sum(file.stat().st_size for file in (ROOT / "tests" / "golden").rglob("*") if file.is_file())
     assert size <= 6_000_000

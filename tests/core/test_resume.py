@@ -146,7 +146,7 @@ def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path):
     """Everything that a clip can read."""
     pose = torch.randint(0, 256, (90, 40, 50, 3), dtype=torch.uint8)
     video = replace(VIDEO, hears_past=True, starts_from_reference=True)
-    config = replace(QUICK, guidance_scale=3.0, audio_guidance_scale=2.0, noise="reference")
+    config = replace(QUICK, guidance_scale=3.0, audio_guidance_scale=2.0, noise="reference", colour_match=0.5)
     job = make_job(3.0, video, pose)
     Run(networks, job, tmp_path / "whole", config=config)
     with pytest.raises(StopHereError):
@@ -165,6 +165,7 @@ def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path):
         ({}, replace(QUICK, seed=6)),
         ({}, replace(QUICK, steps=3)),
         ({}, replace(QUICK, guidance_scale=2.0)),
+        ({}, replace(QUICK, colour_match=0.5)),
         ({"text": torch.zeros(1, 5, 64)}, QUICK),
         ({"negative_text": torch.zeros(1, 3, 64)}, QUICK),
         ({"reference": torch.zeros(1, 3, 1, 64, 64)}, QUICK),

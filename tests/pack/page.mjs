@@ -1,10 +1,10 @@
-// Open a workflow in ComfyUI's page with headless Chromium and print, as JSON, what the page made of it.
-//   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> node page.mjs ADDRESS WORKFLOW.json PROFILE_FOLDER
+// Open workflows in ComfyUI's page with headless Chromium and print, as JSON, what the page made of each.
+//   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> node page.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json ...
 import fs from 'node:fs'
 import path from 'node:path'
 import { createRequire } from 'node:module'
 
-const [address, workflow, profile] = process.argv.slice(2)
+const [address, profile, ...workflows] = process.argv.slice(2)
 const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_DIR, 'x.js'))('playwright-core')
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath: process.env.CHROMIUM,
@@ -18,10 +18,9 @@ try {
   await page.goto(address, { waitUntil: 'domcontentloaded', timeout: 90000 })
   await page.waitForFunction(() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.WanS2VSample, null, { timeout: 90000 })
   await page.waitForTimeout(1500)
-  const errors = []
+  let errors = []
   page.on('pageerror', error => errors.push(String(error)))
-  const graph = JSON.parse(fs.readFileSync(workflow, 'utf8'))
-  const made = await page.evaluate(async graph => {
+  const open = graph => page.evaluate(async graph => {
     await window.app.loadGraphData(graph, true, true, 'test')
     const slots = list => (list ?? []).map(slot => [slot.name, slot.label ?? slot.localized_name ?? slot.name])
     const nodes = window.app.graph.nodes.map(node => ({
@@ -35,7 +34,13 @@ try {
     }))
     return { nodes, prompt: (await window.app.graphToPrompt()).output, version: window.__COMFYUI_FRONTEND_VERSION__ }
   }, graph)
-  console.log(JSON.stringify({ ...made, errors }))
+  const pages = {}
+  for (const workflow of workflows) {
+    errors = []
+    const made = await open(JSON.parse(fs.readFileSync(workflow, 'utf8')))
+    pages[path.basename(workflow, '.json')] = { ...made, errors }
+  }
+  console.log(JSON.stringify(pages))
 } finally {
   await browser.close()
 }

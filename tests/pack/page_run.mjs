@@ -1,13 +1,13 @@
 // Open the demo in ComfyUI's page with headless Chromium, shrunk to several quick clips, queue it, and print as JSON what
 // the timeline and the clip player showed before, while and after it ran.
 //   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> [SCREENSHOTS=<folder>] \
-//     node page_run.mjs ADDRESS WORKFLOW.json PROFILE_FOLDER NAME '{"Node type": {"widget": value}}' SOUND
+//     node page_run.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json NAME '{"Node type": {"widget": value}}' SOUND
 // SOUND is in the input folder; at the end Load Audio is connected with it.
 import fs from 'node:fs'
 import path from 'node:path'
 import { createRequire } from 'node:module'
 
-const [address, workflow, profile, name, changes, sound] = process.argv.slice(2)
+const [address, profile, workflow, name, changes, sound] = process.argv.slice(2)
 const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_DIR, 'x.js'))('playwright-core')
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath: process.env.CHROMIUM,

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("nodes.json")
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 KEPT_OPTIONS = ("default", "min", "max", "step", "options", "multiline", "dynamicPrompts", "control_after_generate")
-FILES = ("checkpoint", "name")
-"""Inputs whose options are the model files that happen to be there."""
+FILES = ("checkpoint", "name", "picture", "voice", "file")
+"""Inputs whose options are the files that happen to be there."""
 CATEGORIES = {"WanS2V/loaders", "WanS2V/conditioning", "WanS2V/sampling", "WanS2V/video"}
 SOCKETS = ("WAN_S2V_", "CONDITIONING", "IMAGE", "AUDIO", "VIDEO", "LATENT")
 """Beginnings of types that are connected, not set, and may go without a tooltip."""
@@ -98,8 +98,15 @@ def test_workflows_are_served_as_templates(comfy):
     """A folder named example or examples in the pack would hide them: ComfyUI serves both under one address."""
     listed = comfy.client.get("/workflow_templates")["wan_s2v"]
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    assert {path.stem for path in (ROOT / "workflows").glob("*.jpg")} == set(listed), "each has its picture there"
     for path in (path for path in (ROOT / "workflows").iterdir() if path.suffix in (".json", ".jpg")):
         assert comfy.client.request(f"/api/workflow_templates/wan_s2v/{path.name}") == path.read_bytes()
+
+
+def test_every_graph_is_small_and_has_a_prompt():
+    for path in (ROOT / "workflows").glob("*.json"):
+        assert (ROOT / "workflows" / "api" / path.name).is_file()
+        assert path.with_suffix(".jpg").stat().st_size < 100_000 and path.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

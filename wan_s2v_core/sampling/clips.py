@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT
 from ..io.clip_store import StoredClips
+from .colour import match_colours
 
 START_PICTURE_FRAMES = 6
 """Frames at the end of the motion video that show the reference picture when a video starts from it."""
@@ -67,6 +68,7 @@ def generate_clips(
     noises: Iterable[Tensor],
     starts_from_reference: bool = False,
     finished: StoredClips | None = None,
+    colour_match: float = 0.0,
 ) -> Iterator[Clip]:
     """Yield clip after clip, each as soon as it is decoded.
 
@@ -81,6 +83,8 @@ def generate_clips(
         noises: one per clip, B C F h w; their number is the number of clips, their F the length of each.
         starts_from_reference: the first clip continues from the picture instead of being free.
         finished: clips of an earlier run, which are neither sampled nor yielded.
+        colour_match: strength with which a clip gets the colours of the reference picture, before the next goes on from
+            it, so that no clip sees colours that have drifted and drift does not add up.
     """
     reference_latents = encode(reference)
     motion_video = reference.new_zeros(*reference.shape[:2], motion_frames, *reference.shape[3:])  # mid grey
@@ -103,6 +107,7 @@ def generate_clips(
         video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
         if is_free:
             video = video[:, :, FIRST_CLIP_SKIP:]
+        video = match_colours(video, reference, colour_match)
         motion_video = torch.cat([motion_video, video], dim=2)[:, :, -motion_frames:]
         if index >= known:
             yield Clip(index, latents, video, motion_video)
