@@ -83,6 +83,8 @@ REACHES_OUT = {
     *("http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"),
 }
 """Modules that start processes, open connections or run what they read. The registry's scan looks for their names."""
+ANSWERS = ("aiohttp", ["web"])
+"""What a route of ComfyUI's own server answers with; it opens no connection."""
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
 
@@ -94,7 +96,8 @@ def reaches_out(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in REACHES_OUT]
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found += [node.module] if node.module.split(".")[0] in REACHES_OUT else []
+            answers = (node.module, [alias.name for alias in node.names]) == ANSWERS
+            found += [node.module] if node.module.split(".")[0] in REACHES_OUT and not answers else []
             found += [alias.name for alias in node.names if node.module == "os" and alias.name in ENVIRONMENT]
         elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "os" and node.attr in ENVIRONMENT:
             found.append(f"os.{node.attr}")
@@ -117,6 +120,7 @@ def test_what_is_published_keeps_to_itself(path):
         "import subprocess",
         "def f():\n    from urllib.request import urlopen",
         "import requests as r",
+        "from aiohttp import ClientSession, web",
         "from os import environ as e",
         "import os\nos.getenv('HOME')",
         "eval('1')",
