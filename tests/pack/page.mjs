@@ -2,16 +2,10 @@
 //   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> node page.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json ...
 import fs from 'node:fs'
 import path from 'node:path'
-import { createRequire } from 'node:module'
+import { openBrowser } from './browser.mjs'
 
 const [address, profile, ...workflows] = process.argv.slice(2)
-const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_DIR, 'x.js'))('playwright-core')
-const browser = await chromium.launchPersistentContext(profile, {
-  executablePath: process.env.CHROMIUM,
-  headless: true,
-  viewport: { width: 1600, height: 1000 },
-  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking'],
-})
+const browser = await openBrowser(profile)
 try {
   const page = browser.pages()[0] ?? (await browser.newPage())
   await page.route('**/*', route => (route.request().url().startsWith('http') && !route.request().url().startsWith(address) ? route.abort() : route.continue()))

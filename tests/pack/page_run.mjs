@@ -5,16 +5,10 @@
 // SOUND is in the input folder; at the end Load Audio is connected with it.
 import fs from 'node:fs'
 import path from 'node:path'
-import { createRequire } from 'node:module'
+import { openBrowser } from './browser.mjs'
 
 const [address, profile, workflow, name, changes, sound] = process.argv.slice(2)
-const { chromium } = createRequire(path.join(process.env.PLAYWRIGHT_DIR, 'x.js'))('playwright-core')
-const browser = await chromium.launchPersistentContext(profile, {
-  executablePath: process.env.CHROMIUM,
-  headless: true,
-  viewport: { width: 1600, height: 1000 },
-  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking'],
-})
+const browser = await openBrowser(profile)
 const wait = async (look, seconds) => {
   const end = Date.now() + seconds * 1000
   let seen = await look()

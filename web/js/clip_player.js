@@ -123,6 +123,10 @@ export class ClipPlayer {
     this.write()
   }
 
+  remove() {
+    this.stop()
+  }
+
   stop() {
     this.shown = -1
     this.video.pause()

@@ -27,21 +27,13 @@ function alongside(node, name, work) {
   }
 }
 
-function addTimeline(node) {
-  const timeline = new Timeline(node)
-  timelines.set(node, timeline)
+/** Let a node have a widget of its own for as long as it lives. */
+function attach(widgets, Widget, node) {
+  const widget = new Widget(node)
+  widgets.set(node, widget)
   alongside(node, 'onRemoved', () => {
-    timeline.remove()
-    timelines.delete(node)
-  })
-}
-
-function addPlayer(node) {
-  const player = new ClipPlayer(node)
-  players.set(node, player)
-  alongside(node, 'onRemoved', () => {
-    player.stop()
-    players.delete(node)
+    widget.remove()
+    widgets.delete(node)
   })
 }
 
@@ -61,7 +53,7 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    const add = { WanS2VConditioning: addTimeline, WanS2VSample: addPlayer }[node.comfyClass]
-    if (add && node.addDOMWidget) careful(() => add(node))
+    const widget = { WanS2VConditioning: [timelines, Timeline], WanS2VSample: [players, ClipPlayer] }[node.comfyClass]
+    if (widget && node.addDOMWidget) careful(() => attach(...widget, node))
   },
 })
