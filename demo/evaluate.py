@@ -1,10 +1,10 @@
 """Judge the embedded model: faces and voices that it never met, and what each setting does to them.
 
-    python demo/evaluate.py clips --out FOLDER        # 24 videos of 10 s or more, and one of 30 s
+    python demo/evaluate.py clips --out FOLDER        # 24 videos of 10 s or more, and one of 30 s; see KINDS
     python demo/evaluate.py knobs --out FOLDER        # every setting in turn, on videos of one clip
     python demo/evaluate.py show --out FOLDER         # tables and plots from what the two wrote; needs matplotlib
 
-All videos are made by `render` and judged by `quality`, as from the command line; many run side by side. Needs
+Videos are made by `render` and judged by `quality`, as from the command line; many run side by side. Needs
 voices_heldout.npz (voices.py).
 """
 
@@ -18,7 +18,7 @@ import time
 import traceback
 import wave
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ SILENT = ("overflow", "gate_dropout_seed")
 MEASURES = ("lip_sync_correlation", "lip_sync_lag_ms", "identity_drift", "seam_jump", "flicker", "psnr", "ssim")
 
 
+MADE, DRAWN, CODED = "made", "drawn", "coded"
+KINDS = {
+    MADE: "by the model",
+    DRAWN: "the drawing itself, as if a perfect model had made it",
+    CODED: "the drawing behind the VAE: all that the DiT can learn, and so the bound for drift and seams",
+}
+BOUNDED = ("identity_drift", "seam_jump")
+
+
 @dataclass(frozen=True)
 class Task:
     """One video to make and to judge."""
@@ -66,8 +75,7 @@ class Task:
     settings: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
     """Name of the setting whose video of the same scene it is compared with."""
-    is_drawing: bool = False
-    """The drawing itself is judged instead, as if a perfect model had made it."""
+    kind: str = MADE
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,9 @@ def make(task: Task, place: Place) -> dict[str, Any]:
     scene = make_scene(FIRST_SEED + task.scene, samples, frames, 0, FPS)
     video = place.file(task, ".mp4")
     began = time.monotonic()
-    if task.is_drawing:
-        write_drawing(video, draw_scene(scene, SIDE_PX), voice)
+    if task.kind != MADE:
+        pixels = draw_scene(scene, SIDE_PX)
+        write_drawing(video, pixels if task.kind == DRAWN else coded(pixels, place), voice)
     else:
         picture = place.file(task, ".png")
         first = make_scene(FIRST_SEED + task.scene, samples[:0], 1, 0, FPS)  # with its mouth closed
@@ -142,8 +151,8 @@ def make(task: Task, place: Place) -> dict[str, Any]:
         generate(task, place, voice, picture, scene.prompt)
     seconds = time.monotonic() - began
     against = place.folder / f"{task.against}_{task.scene:02d}.mp4" if task.against else None
-    found = measure(QualityRequest(video, voice, against, clip_frames=80 if task.is_drawing else None))
-    swapped = measure(QualityRequest(video, other, clip_frames=80)).values["lip_sync_correlation"]
+    found = measure(QualityRequest(video, voice, against))
+    swapped = measure(QualityRequest(video, other)).values["lip_sync_correlation"]
     return {
         "prompt": scene.prompt,
         "seconds": round(seconds, 2),
@@ -154,13 +163,34 @@ def make(task: Task, place: Place) -> dict[str, Any]:
 
 
 def write_drawing(path: Path, pixels: np.ndarray, voice: Path) -> None:
+    """With the borders of the clips that the model would have made of it."""
     import torch
 
+    from wan_s2v_core.config import VideoConfig
     from wan_s2v_core.io.audio import read_recording
     from wan_s2v_core.io.video import VideoWriter
 
-    with VideoWriter(path, SIDE_PX, SIDE_PX, FPS, read_recording(voice)) as writer:
+    tags = {"comment": json.dumps({"video": asdict(VideoConfig())})}
+    with VideoWriter(path, SIDE_PX, SIDE_PX, FPS, read_recording(voice), metadata=tags) as writer:
         writer.write(torch.from_numpy(np.array(pixels)))
+
+
+def coded(pixels: np.ndarray, place: Place) -> np.ndarray:
+    """T H W 3 -> what the VAE makes of it; borders of latent frames lie as in a video that the model makes."""
+    import torch
+    from training import to_bytes, to_video
+
+    from wan_s2v_core.acceleration.convolution import flatten_convolutions
+    from wan_s2v_core.model.checkpoint import VAE
+    from wan_s2v_core.model.loading import load
+
+    vae = load(place.checkpoint, VAE, torch.float32, place.device)
+    if place.device == "cpu":
+        flatten_convolutions(vae)
+    missing = -(len(pixels) - 1) % 4
+    video = to_video(np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)]), place.device)
+    with torch.no_grad():
+        return to_bytes(vae.decode(vae.encode(video))[0]).numpy()[: len(pixels)]
 
 
 def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) -> None:
@@ -183,12 +213,13 @@ def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) 
 
 
 def clip_tasks(options: argparse.Namespace) -> list[Task]:
-    """The long one first, as it takes longest."""
+    """The long ones first, as they take longest."""
     tasks = []
-    for name, settings, is_drawing in (("made", options.settings, False), ("drawn", {}, True)):
-        tasks.append(Task(f"long_{name}", 0, LONG_SECONDS, settings, is_drawing=is_drawing))
-        tasks += [Task(name, scene, CLIP_SECONDS, settings, is_drawing=is_drawing) for scene in range(options.count)]
-    return tasks
+    for kind in options.kinds:
+        settings = options.settings if kind == MADE else {}
+        tasks.append(Task(f"long_{kind}", 0, LONG_SECONDS, settings, kind=kind))
+        tasks += [Task(kind, scene, CLIP_SECONDS, settings, kind=kind) for scene in range(options.count)]
+    return sorted(tasks, key=lambda task: -task.seconds)
 
 
 def knob_tasks(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
@@ -248,15 +279,26 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge_clips(options: argparse.Namespace, place: Place) -> dict[str, Any]:
+    """Kinds that an earlier call has judged in the same folder stay."""
+    before = options.out / "clips.json"
+    groups = json.loads(before.read_text(encoding="utf-8"))["results"] if before.exists() else {}
     results = run_all(clip_tasks(options), place, options.workers)
-    groups = {name: [r for r in results if r["name"] == name] for name in ("made", "drawn", "long_made", "long_drawn")}
-    sheet(options.out / "clips.png", [place.folder / f"made_{n:02d}.mp4" for n in range(min(8, options.count))])
-    sheet(options.out / "long.png", [place.folder / f"long_{name}_00.mp4" for name in ("made", "drawn")], 12)
+    groups |= {name: [r for r in results if r["name"] == name] for name in dict.fromkeys(r["name"] for r in results)}
+    for kind in options.kinds:
+        sheet(options.out / f"{kind}.png", [place.folder / f"{kind}_{n:02d}.mp4" for n in range(min(8, options.count))])
+        sheet(options.out / f"long_{kind}.png", [place.folder / f"long_{kind}_00.mp4"], 12)
     return {
         "settings": {**PLAIN, **options.settings},
         "summary": {name: summary(found) for name, found in groups.items()},
+        "bounds": bounds(groups.get(CODED, [])),
         "results": groups,
     }
+
+
+def bounds(coded_drawings: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The largest of each that a drawing has behind the VAE."""
+    fine = [result for result in coded_drawings if "error" not in result]
+    return {name: max((r[name] for r in fine if r[name] is not None), default=None) for name in BOUNDED}
 
 
 def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
@@ -356,6 +398,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--count", type=int, default=CLIPS)
     parser.add_argument("--scenes", type=int, default=KNOB_SCENES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="for clips")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON of sampling settings, for clips")
     options = parser.parse_args()
     if options.what == "show":

@@ -43,32 +43,20 @@ def gelu_weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     return (made * weights[..., None]).flatten(-2).to(hidden.dtype)
 
 
-STEPS = {f.__name__: f for f in (turned, norm_moved, added, root_mean_square_norm, gelu_weighted)}
-"""The steps between the products, in which most of the time goes on a card. `fuse_steps` compiles them."""
-
-
-def fuse_steps() -> None:
-    """Let each of them be one kernel, forward and back, for every number of tokens."""
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-    torch._dynamo.config.recompile_limit = 64
-    for name, function in list(STEPS.items()):
-        STEPS[name] = torch.compile(function, dynamic=True)
-
-
 class BatchedPointwise:
     """At the seam `block.pointwise`, for batches: equal to the plain one."""
 
     @staticmethod
     def rotate(x: Tensor, rope: Tensor) -> Tensor:
-        return STEPS["turned"](x, *(part.contiguous()[:, None] for part in (rope.real, rope.imag)))
+        return turned(x, *(part.contiguous()[:, None] for part in (rope.real, rope.imag)))
 
     @staticmethod
     def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:
-        return STEPS["norm_moved"](x, shift, scale, eps, context.noisy_tokens, context.dtype)
+        return norm_moved(x, shift, scale, eps, context.noisy_tokens, context.dtype)
 
     @staticmethod
     def gated_add(x: Tensor, y: Tensor, gate: Tensor, context: BlockContext) -> Tensor:
-        return STEPS["added"](x, y, gate, context.noisy_tokens)
+        return added(x, y, gate, context.noisy_tokens)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
@@ -85,7 +73,7 @@ def all_experts(layer: nn.Module, x: Tensor) -> Tensor:
     weights = weights * taken
     up, down = [expert.up for expert in layer.experts], [expert.down for expert in layer.experts]
     hidden = F.linear(tokens, torch.cat([one.weight for one in up]), torch.cat([one.bias for one in up]))
-    hidden = STEPS["gelu_weighted"](hidden, weights)
+    hidden = gelu_weighted(hidden, weights)
     out = F.linear(hidden, torch.cat([one.weight for one in down], dim=1)).float()
     return (out + weights @ torch.stack([one.bias for one in down])).to(x.dtype).view_as(x)
 
@@ -94,13 +82,13 @@ def routed_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in model.modules() if hasattr(layer, "experts") and hasattr(layer, "gate")]
 
 
-def prepare_training(model: S2VTransformer, gate_dropout: float, compiles: bool) -> None:
+def prepare_training(model: S2VTransformer, gate_dropout: float) -> None:
     """Attach what makes training fast at the seams; the function that the model computes stays the same."""
     for block in model.stack.blocks:
         block.pointwise, block.attention.attend = BatchedPointwise(), plain_attention
     for layer in model.modules():
         if isinstance(layer, nn.RMSNorm):
-            layer.forward = MethodType(lambda norm, x: STEPS["root_mean_square_norm"](x, norm.weight, norm.eps), layer)
+            layer.forward = MethodType(lambda norm, x: root_mean_square_norm(x, norm.weight, norm.eps), layer)
     encode_clip = model.audio_encoder.encode_clip
 
     def encode_in_float32(*arguments):
@@ -112,5 +100,3 @@ def prepare_training(model: S2VTransformer, gate_dropout: float, compiles: bool)
         layer.forward = MethodType(all_experts, layer)
         if gate_dropout:
             layer.routing = replace(layer.routing, gate_dropout=gate_dropout)
-    if compiles:
-        fuse_steps()

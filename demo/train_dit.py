@@ -36,12 +36,22 @@ for folder in (HERE, HERE.parent):
         sys.path.append(str(folder))
 
 from fast_dit import prepare_training, routed_layers  # noqa: E402
-from scene_feed import FPS, HELD_OUT_SEED, SPEECH_HZ, DrawnScene, SceneFeed, SceneSettings, draw  # noqa: E402
+from scene_feed import (  # noqa: E402
+    FPS,
+    HELD_OUT_SEED,
+    SEEDS_PER_WORKER,
+    SPEECH_HZ,
+    DrawnScene,
+    SceneFeed,
+    SceneSettings,
+    draw,
+)
 from tiny_checkpoint import TEXT_SIZES, vocabulary_size  # noqa: E402
 from training import (  # noqa: E402
     BULKY,
     AveragedWeights,
     Muon,
+    Ranks,
     TimeBox,
     box_mask,
     contact_sheet,
@@ -418,13 +428,16 @@ def flow_loss(
 def train(options: argparse.Namespace) -> dict:
     """Train and write -> the log."""
     record = record_of(options)  # before anything is written over
-    device = torch.device(options.device)
+    ranks = Ranks()
+    device = ranks.device(options.device)
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # the workers that draw keep the others busy
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng([options.seed, ranks.rank])
     settings = SceneSettings(
         str(options.voices),
         options.clip_frames + options.motion_frames,
@@ -433,7 +446,7 @@ def train(options: argparse.Namespace) -> dict:
         supersample=options.supersample,
         pose_share=options.pose_share,
     )
-    feed = SceneFeed(settings, options.workers, options.first_seed)
+    feed = SceneFeed(settings, options.workers, options.first_seed + ranks.rank * options.workers * SEEDS_PER_WORKER)
     encoders = Encoders(options.out, device, options.text_seed)
     speech = encoders.speech_settings
     config = make_config(options, speech["hidden_size"], speech["num_hidden_layers"] + 1)
@@ -441,7 +454,8 @@ def train(options: argparse.Namespace) -> dict:
     initialize(model)
     if options.resume:
         model.load_state_dict({name: value.float() for name, value in load_weights(options.resume).items()})
-    prepare_training(model.train(), options.gate_dropout, options.compile)
+    torch.manual_seed(options.seed + ranks.rank)
+    prepare_training(model.train(), options.gate_dropout)
     average = AveragedWeights(model, options.average)
     parameters, matrices = list(model.parameters()), block_matrices(model) if options.muon else []
     others = [value for value in parameters if id(value) not in set(map(id, matrices))]
@@ -461,7 +475,7 @@ def train(options: argparse.Namespace) -> dict:
     told, load, mean_loss = (time.monotonic(), 0), 0.0, 0.0
     count = sum(value.numel() for value in parameters)
     print(f"{count} parameters, {len(buffer)} clips, {config.to_dict()}", flush=True)
-    while not box.is_over and step < options.steps:
+    while (share := ranks.agreed(box.share)) < 1.0 and step < options.steps:
         for scene in feed.arrived(step % options.encode_every == 0):
             for kind, clip in maker.clips(scene):
                 buffer.add(kind, clip)
@@ -473,7 +487,7 @@ def train(options: argparse.Namespace) -> dict:
             past = inputs.motion_latents
             inputs = replace(inputs, motion_latents=past + amount * torch.randn_like(past))
         sigmas = draw_sigmas(len(clean), options.sigmas, options.shift, rng)
-        rate = learning_rate(1.0, box.share, step, options.warm_up)
+        rate = learning_rate(1.0, share, step, options.warm_up)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         loss, plain = flow_loss(model, inputs, clean, boxes, sigmas, options.mouth_weight, precision)
@@ -484,13 +498,14 @@ def train(options: argparse.Namespace) -> dict:
             load = 0.99 * load + 0.01 * expert_shares.detach() if step else expert_shares.detach()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        ranks.average_gradients(parameters)
         mean_loss = 0.99 * mean_loss + 0.01 * plain if step else plain
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         optimizer.step()
         muon.step(options.muon_lr * rate)
         average.update(model)
         step, samples, latent_frames = step + 1, samples + len(clean), latent_frames + clean.shape[2] * len(clean)
-        if step % options.log_every == 0:
+        if step % options.log_every == 0 and ranks.is_first:
             smooth = {"loss": loss.item(), "mean": mean_loss.item(), "norm": norm.item()}
             now = time.monotonic()
             pace, told = (latent_frames - told[1]) / (now - told[0]), (now, latent_frames)
@@ -503,10 +518,14 @@ def train(options: argparse.Namespace) -> dict:
                 flush=True,
             )
     feed.close()
+    ranks.close()
+    if not ranks.is_first:
+        return {}
     weights = {name: value.bfloat16() for name, value in average.state().items()}
     save_weights(weights, options.out / "dit.safetensors", {"config": json.dumps(config.to_dict()), "steps": str(step)})
     log = {
         **record,
+        "ranks": ranks.count,
         "config": config.to_dict(),
         "parameters": count,
         "text_seed": options.text_seed,
@@ -661,7 +680,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warm_up", type=int, default=200)
     add("--clip", type=float, default=1.0)
     add("--average", type=float, default=0.999)
-    add("--compile", action="store_true")
     add("--log_every", type=int, default=50)
     add("--profile", action="store_true", help="tell where the time goes; with --steps 40 or so")
     add("--eval", action="store_true")

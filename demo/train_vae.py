@@ -18,7 +18,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
@@ -183,40 +182,6 @@ def vae_loss(
     return {"total": total, **found}
 
 
-def norm_and_silu(rows: Tensor, gamma: Tensor) -> Tensor:
-    """WanRMS_norm and SiLU in a few steps that a compiler makes one of. rows: N C."""
-    wide = rows.float()
-    length = wide.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
-    return torch.nn.functional.silu(wide * (rows.shape[1] ** 0.5 / length) * gamma).to(rows.dtype)
-
-
-def compile_norms(network: WholeVAE) -> None:
-    """Let a norm and the SiLU behind it run as one kernel; where nothing can be compiled they run step by step."""
-    torch._dynamo.config.suppress_errors = True
-    torch._dynamo.config.recompile_limit = 32  # widths, with and without gradients
-    compiled = torch.compile(norm_and_silu)
-
-    def norm(layer: nn.Module, x: Tensor) -> Tensor:  # B C T H W with channels last
-        last = x.movedim(1, -1)
-        rows = last.reshape(-1, x.shape[1]).contiguous()
-        torch._dynamo.maybe_mark_dynamic(rows, 0)  # compiled once for every width, not for every size of picture
-        return compiled(rows, layer.gamma.flatten()).view(last.shape).movedim(-1, 1)
-
-    for block in network.modules():
-        if type(block).__name__ == "WanResidualBlock":
-            for layer in (block.norm1, block.norm2):
-                layer.forward = MethodType(norm, layer)
-            block.nonlinearity = nn.Identity()
-
-
-def restore_norms(network: WholeVAE) -> None:
-    for block in network.modules():
-        if type(block).__name__ == "WanResidualBlock":
-            block.nonlinearity = nn.SiLU()
-            for layer in (block.norm1, block.norm2):
-                layer.__dict__.pop("forward", None)
-
-
 class GradientStep:
     """Losses and gradients of batches of one shape: on a card as a CUDA graph, which costs no time to launch.
 
@@ -250,7 +215,7 @@ class GradientStep:
         self.batch = tuple(value.clone() for value in batch)  # clones keep their strides
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are chosen and compiled before
+        with torch.cuda.stream(stream):  # kernels are chosen before
             for _ in range(3):
                 self._run(self.batch)
         torch.cuda.current_stream().wait_stream(stream)
@@ -267,30 +232,6 @@ class GradientStep:
             place.copy_(value)
         self.graph.replay()
         return self.found
-
-
-def seconds_per_step(step: GradientStep, batch: tuple[Tensor, Tensor], repeats: int = 10) -> float:
-    for count in range(repeats + 3):
-        if count == 3:
-            torch.cuda.synchronize()
-            began = time.monotonic()
-        step(batch)
-    torch.cuda.synchronize()
-    return (time.monotonic() - began) / repeats
-
-
-def choose_kernels(network: WholeVAE, batch: tuple[Tensor, Tensor], precision: torch.dtype, compiles: bool) -> None:
-    """Measure whether compiled norms are faster on this card, and keep them if so."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    step = GradientStep(network, batch, precision, captures=False)
-    seconds = {"plain": seconds_per_step(step, batch)}
-    if compiles:
-        compile_norms(network)
-        seconds["compiled norms"] = seconds_per_step(step, batch)
-        if seconds["compiled norms"] > seconds["plain"]:
-            restore_norms(network)
-    print({name: round(value, 4) for name, value in seconds.items()}, "seconds per step", flush=True)
 
 
 @torch.no_grad()
@@ -398,7 +339,8 @@ def train(options: argparse.Namespace) -> dict:
         return pool.sample(stage.clips, stage.frames, stage.side_px, rng)
 
     if on_card:
-        choose_kernels(network, sample(stages[1]), precision, options.compile)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     box, losses, step, told = TimeBox(options.minutes), [], 0, (0, time.monotonic())
     print(f"training with {len(pool)} scenes, {sum(p.numel() for p in parameters)} parameters", flush=True)
     while not box.is_over and step < options.steps:
@@ -431,7 +373,6 @@ def train(options: argparse.Namespace) -> dict:
             )
     trained_seconds = box.elapsed
     feed.close()
-    restore_norms(network)
     network.network.load_state_dict(average.state())
     finish(network.eval(), pool, options, rng)
     weights = network.network.state_dict()
@@ -498,7 +439,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm_up", type=int, default=200)
     parser.add_argument("--average", type=float, default=0.999)
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="without CUDA graphs")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without compiled norms")
     parser.add_argument("--log_every", type=int, default=200)
     return parser
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 BULKY = ("losses", "resumed")
 """Parts of a log that are not for the screen."""
@@ -36,11 +37,49 @@ class TimeBox:
     @property
     def share(self) -> float:
         """0 at the beginning, 1 at the end."""
-        return min(1.0, self.elapsed / self.seconds)
+        return 1.0 if self.stopped else min(1.0, self.elapsed / self.seconds)
 
     @property
     def is_over(self) -> bool:
-        return self.stopped or self.elapsed >= self.seconds
+        return self.share == 1.0
+
+
+class Ranks:
+    """The processes that train one model side by side, a card each, as torchrun starts them; without it, this one."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.count > 1:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, wanted: str) -> torch.device:
+        return torch.device(wanted, int(os.environ["LOCAL_RANK"])) if self.count > 1 else torch.device(wanted)
+
+    def agreed(self, share: float) -> float:
+        """The mean over all: every rank ends, and lowers its learning rate, in the same step."""
+        if self.count == 1:
+            return share
+        mean = torch.tensor(share / self.count, dtype=torch.float64)
+        distributed.all_reduce(mean)
+        return mean.item()
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Give all ranks the mean; where a rank had no use for a parameter, it counts as 0."""
+        if self.count == 1:
+            return
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.flatten() for part in parts]) / self.count
+        distributed.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([part.numel() for part in parts]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def close(self) -> None:
+        if self.count > 1:
+            distributed.destroy_process_group()
 
 
 def learning_rate(highest: float, share: float, step: int, warm_up_steps: int, lowest: float = 0.02) -> float:

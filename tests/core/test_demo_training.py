@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -279,13 +280,42 @@ def test_the_trained_function_is_the_model(demo, tiny_config, clips, kind, fresh
     fill_random(plain, fresh_seed)
     quick = demo.train_dit.S2VTransformer(tiny_config)
     quick.load_state_dict(plain.state_dict())
-    demo.train_dit.prepare_training(quick.eval(), 0.0, compiles=False)
+    demo.train_dit.prepare_training(quick.eval(), 0.0)
     buffer = demo.train_dit.ClipBuffer(10)
     buffer.add(kind, clips[kind])
     inputs, latents, _ = buffer.sample(2, 5, np.random.default_rng(fresh_seed))
     timesteps = torch.tensor([20.0, 900.0])
     expected = plain(latents, timesteps, plain.condition(inputs))
     torch.testing.assert_close(demo.train_dit.velocity(quick, latents, timesteps, inputs), expected, atol=1e-4, rtol=0)
+
+
+RANK = """
+import sys
+import torch
+from training import Ranks
+
+ranks = Ranks()
+used, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+used.grad = torch.full((2, 3), 1.0 + ranks.rank)
+if ranks.rank:
+    other.grad = torch.ones(2, 3)
+ranks.average_gradients([used, other])
+found = {"used": used.grad, "other": other.grad, "share": torch.tensor(ranks.agreed(0.2 + 0.4 * ranks.rank))}
+torch.save(found, f"{sys.argv[1]}/{ranks.rank}.pt")
+ranks.close()
+"""
+
+
+def test_ranks_share_gradients_and_time(tmp_path, monkeypatch):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(DEMO))
+    start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    subprocess.run([*start, str(script), str(tmp_path)], check=True, timeout=100)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (found["used"] == 1.5).all() and (found["other"] == 0.5).all()
+        assert found["share"].item() == pytest.approx(0.4)
 
 
 def test_some_clips_lose_prompt_or_voice(demo, clips, encoders):
@@ -314,7 +344,7 @@ def test_the_dit_learns_and_its_checkpoint_makes_a_video(
     torch.manual_seed(0)
     model = demo.train_dit.S2VTransformer(tiny_config)
     demo.train_dit.initialize(model)
-    demo.train_dit.prepare_training(model.train(), 0.0, compiles=False)
+    demo.train_dit.prepare_training(model.train(), 0.0)
     average = demo.training.AveragedWeights(model)
     buffer = demo.train_dit.ClipBuffer(10)
     for kind, clip in clips.items():
