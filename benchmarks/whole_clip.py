@@ -227,7 +227,7 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
             job = make_conditioning(picture, voice, text, negative_text, video, pose)
         assert job.clips == options.clips
         store = ClipStore(Path(folder) / "clips", video.fps, recording, settings)
-        for clip in pipeline.generate(job, sampling, lambda index, step, _: steps.append((index, step, now()))):
+        for clip in pipeline.generate(job, sampling, lambda task, step, _: steps.append((task.index, step, now()))):
             with networks.without_network("keep clip"):
                 store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
             finite = finite and bool(clip.latents.isfinite().all())

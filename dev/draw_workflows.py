@@ -91,7 +91,7 @@ def draw(prompt: dict[str, Any], schemas: dict[str, Any], note: str) -> dict[str
         "links": links,
         "groups": [],
         "config": {},
-        "extra": {"ds": {"scale": 0.75, "offset": [60, 100]}},
+        "extra": {"ds": {"scale": 0.75, "offset": [120, 180]}},
         "version": 0.4,
     }
 

@@ -1,6 +1,7 @@
 """The virtual environment .venv: what the core needs and, on demand, a real ComfyUI. Standard library only."""
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 COMFYUI = ENVIRONMENT / "comfyui"
+PAGE = ENVIRONMENT / "page"
 
 TOOLS = ("hypothesis", "pytest", "ruff")
 NEED_PYTHON_3_11 = ("av", "diffusers", "hypothesis", "transformers")
@@ -27,6 +29,8 @@ NOT_COMFYUIS = ("extra_model_paths.yaml",)
 TORCH_COMPANIONS = ("torchvision", "torchaudio")
 UNDECLARED = ("requests",)
 """ComfyUI imports it and does not ask for it."""
+PAGE_PACKAGES = ("playwright==1.65.1", "comfyui-frontend-package==1.58.1")
+"""node and playwright-core, which come in one wheel, and a newer page than that of ComfyUI 0.3.75."""
 
 
 def set_up_core() -> None:
@@ -55,6 +59,35 @@ def set_up_comfyui() -> None:
     let_companions_run_without_cuda()
     pip_install(*comfyui_requirements(COMFYUI / "requirements.txt"), *UNDECLARED)
     stamp.write_text(wanted)
+
+
+def set_up_page() -> dict[str, str]:
+    """Variables for the tests in a browser, with what they name put in place; without Chromium none."""
+    chromium = find_chromium()
+    if not chromium:
+        print("no Chromium is found (CHROMIUM can name one): tests in a browser are skipped", file=sys.stderr)
+        return {}
+    stamp, wanted = PAGE / "made-from", "\n".join(PAGE_PACKAGES)
+    if not (stamp.is_file() and stamp.read_text() == wanted):
+        shutil.rmtree(PAGE, ignore_errors=True)
+        pip("install", "--no-deps", "--target", PAGE, *PAGE_PACKAGES)
+        stamp.write_text(wanted)
+    driver = PAGE / "playwright" / "driver"
+    return {
+        "CHROMIUM": chromium,
+        "NODE": str(driver / ("node.exe" if sys.platform == "win32" else "node")),
+        "PLAYWRIGHT_DIR": str(driver / "package"),
+        "FRONTEND_ROOT": str(PAGE / "comfyui_frontend_package" / "static"),
+    }
+
+
+def find_chromium() -> str | None:
+    """A browser that starts: Ubuntu's package of that name may be a stub."""
+    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
+    for path in filter(None, (shutil.which(name) for name in names if name)):
+        if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    return None
 
 
 def core_inputs() -> str:

@@ -4,6 +4,7 @@
     python3 dev/run.py comfy [--audio talk.wav] [--image face.png]   a demo video through a real ComfyUI, by itself
     python3 dev/run.py serve [--port 8188]          ComfyUI with these nodes, to try in a browser
     python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests, those of the nodes in a real ComfyUI
+                                                    and, where Chromium is found, in its page
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 
 import comfy_demo
-from environment import COMFYUI, PYTHON, ROOT, set_up_comfyui, set_up_core
+from environment import COMFYUI, PYTHON, ROOT, set_up_comfyui, set_up_core, set_up_page
 
 SUITES: dict[str, dict[str, str]] = {
     "tests/core": {},
@@ -36,8 +37,12 @@ def run(*command: str | Path, folder: Path = ROOT, **variables: str) -> int:
         return process.wait()
 
 
-def test(arguments: list[str]) -> int:
-    """Style, then the suites; arguments that name a file or folder of one suite leave out the other."""
+def test(arguments: list[str], page: dict[str, str]) -> int:
+    """Style, then the suites; arguments that name a file or folder of one suite leave out the other.
+
+    Args:
+        page: variables for the tests in a browser.
+    """
     for style in (["check"], ["format", "--check"]):
         if code := run(PYTHON, "-m", "ruff", *style):
             return code
@@ -47,7 +52,7 @@ def test(arguments: list[str]) -> int:
         if named and not any(argument.startswith(suite) for argument in named):
             continue
         chosen = [argument for argument in arguments if argument not in named or argument.startswith(suite)]
-        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *chosen, **variables))
+        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *chosen, **variables, **page))
         if codes[-1] and not (arguments and codes[-1] == NO_TESTS_CHOSEN):
             return codes[-1]
     return min(codes)
@@ -60,14 +65,17 @@ def main() -> int:
     command, arguments = sys.argv[1], sys.argv[2:]
     if command in comfy_demo.COMMANDS:
         comfy_demo.parse(sys.argv[1:])  # mistakes are told before anything is installed
+    page = {}
     try:
         set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test") else set_up_core()
+        if command == "test":
+            page = set_up_page()
     except subprocess.CalledProcessError as error:
         print(f"error: setting up .venv failed in {' '.join(map(str, error.cmd))}", file=sys.stderr)
         print("It needs venv (on Debian and Ubuntu: apt install python3-venv) and a package index.", file=sys.stderr)
         return 1
     if command == "test":
-        return test(arguments)
+        return test(arguments, page)
     if command in comfy_demo.COMMANDS:
         return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
     return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)

@@ -20,11 +20,12 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_execution.progress import get_progress_state
-from latent_preview import Latent2RGBPreviewer
+from latent_preview import Latent2RGBPreviewer, LatentPreviewer, get_previewer
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
+from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.config import DEMO, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
@@ -32,6 +33,8 @@ from ..wan_s2v_core.memory import Home
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, load
 from ..wan_s2v_core.prepare import AUTO, plan_loading
+from ..wan_s2v_core.sampling.clips import ClipTask
+from ..wan_s2v_core.sampling.preview import colour_factors
 
 log = logging.getLogger(__name__)
 
@@ -235,10 +238,14 @@ check_interrupt = manager.throw_exception_if_processing_interrupted
 """Raises ComfyUI's own exception when the user has pressed cancel."""
 
 
+def shown_in(node_id: str) -> str:
+    """The node on the canvas: another one where a node is part of it."""
+    return get_progress_state().dynprompt.get_display_node_id(node_id)
+
+
 def say(node_id: str, text: str) -> None:
-    """Show a line of text in a node; in the node that stands for it on the canvas where it is part of another."""
-    shown = get_progress_state().dynprompt.get_display_node_id(node_id)
-    PromptServer.instance.send_progress_text(text, shown)
+    """Show a line of text in a node on the canvas."""
+    PromptServer.instance.send_progress_text(text, shown_in(node_id))
 
 
 CLIP, TIMELINE = "wan_s2v.clip", "wan_s2v.timeline"
@@ -246,26 +253,38 @@ CLIP, TIMELINE = "wan_s2v.clip", "wan_s2v.timeline"
 
 
 def tell(kind: str, node_id: str, **facts: Any) -> None:
-    """Tell the page that queued the prompt where a node is; web/js/ shows it."""
+    """Tell the page that queued the prompt about a node on the canvas; web/js/ shows it."""
     server = PromptServer.instance
-    server.send_sync(kind, {"node": node_id, "prompt_id": server.last_prompt_id, **facts}, server.client_id)
+    server.send_sync(kind, {"node": shown_in(node_id), "prompt_id": server.last_prompt_id, **facts}, server.client_id)
 
 
-def step_reporter(node_id: str, clips: int, steps: int, finished: int = 0) -> Callable[[int, int, Tensor], None]:
+def make_previewer(job: S2VConditioning, task: ClipTask) -> LatentPreviewer:
+    """ComfyUI's tiny decoder where its preview method asks for one and `models/vae_approx` has it; else colours."""
+    previewer = get_previewer(task.noise.device, comfy.latent_formats.Wan21())
+    if previewer and not isinstance(previewer, Latent2RGBPreviewer):
+        return previewer
+    factors, bias = colour_factors(job.reference, task.reference_latents)
+    return Latent2RGBPreviewer(factors.T.tolist(), bias.tolist())
+
+
+def step_reporter(
+    node_id: str, job: S2VConditioning, steps: int, finished: int = 0
+) -> Callable[[ClipTask, int, Tensor], None]:
     """Progress over all clips and steps with a preview picture; raises when the user has pressed cancel.
 
     Args:
         finished: clips of an earlier run; the time that is left is told from those behind them.
     """
-    bar, total, began = comfy.utils.ProgressBar(clips * steps), clips * steps, time.monotonic()
-    latent_format = comfy.latent_formats.Wan21()
-    previewer = Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+    clips = job.clips
+    bar, total, began, previewer = comfy.utils.ProgressBar(clips * steps), clips * steps, time.monotonic(), None
 
-    def report(clip: int, step: int, clean: Tensor) -> None:
-        done = clip * steps + step
+    def report(task: ClipTask, step: int, clean: Tensor) -> None:
+        nonlocal previewer
+        previewer = previewer or make_previewer(job, task)
+        done = task.index * steps + step
         left = (time.monotonic() - began) * (total - done) / (done - finished * steps)
-        say(node_id, f"clip {clip + 1} of {clips}, step {step} of {steps}, {left:.0f} s left")
-        tell(CLIP, node_id, clip=clip, clips=clips, step=step, steps=steps)
+        say(node_id, f"clip {task.index + 1} of {clips}, step {step} of {steps}, {left:.0f} s left")
+        tell(CLIP, node_id, clip=task.index, clips=clips, step=step, steps=steps)
         middle = clean.shape[2] // 2
         preview = previewer.decode_latent_to_preview_image("JPEG", clean[:, :, middle : middle + 1].float())
         bar.update_absolute(done, total, preview)

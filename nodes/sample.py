@@ -229,7 +229,7 @@ class Sample(io.ComfyNode):
         finished = store.stored
         if finished.clip_frames:
             bridge.say(cls.hidden.unique_id, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
-        report = bridge.step_reporter(cls.hidden.unique_id, job.clips, steps, len(finished.clip_frames))
+        report = bridge.step_reporter(cls.hidden.unique_id, job, steps, len(finished.clip_frames))
         films = ClipFilms(cls.hidden.unique_id, store, job.clips)
         for clip in pipeline.generate(job, sampling, report, usable, finished):
             store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)

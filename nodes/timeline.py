@@ -15,7 +15,7 @@ from server import PromptServer
 from ..wan_s2v_core.assets import VOICE, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.conditioning.timeline import Loudness, expected_timeline, loudness, loudness_of, timeline
-from ..wan_s2v_core.config import VideoConfig
+from ..wan_s2v_core.config import DEMO, VideoConfig
 from ..wan_s2v_core.errors import ConfigError, WanS2VError
 from ..wan_s2v_core.io.audio import sound_blocks
 
@@ -37,8 +37,8 @@ def timeline_of(made: S2VConditioning) -> dict[str, Any]:
 def add_route() -> None:
     """GET /wan_s2v/timeline: the timeline of a recording in the input folder, as JSON.
 
-    Takes `audio`, the value of Load Audio, or `demo`, and inputs of Encode Audio and Conditioning by their names. What
-    cannot be is answered with {"error": message}, for the node to show.
+    Takes `audio`, the value of Load Audio or of Talking Video's voice, or `demo`, and inputs of Encode Audio and
+    Conditioning by their names. What cannot be is answered with {"error": message}, for the node to show.
     """
     PromptServer.instance.routes.get(ROUTE)(answer)
 
@@ -69,7 +69,7 @@ def asked_timeline(query: Mapping[str, str]) -> dict[str, Any]:
         clips=number(query, "max_clips", int, 0) or None,
     )
     start, seconds = number(query, "start_seconds", float, 0.0), number(query, "seconds", float, 0.0)
-    if "demo" in query:
+    if "demo" in query or query.get("audio") == DEMO:
         name, path = VOICE, embedded(VOICE)
     else:
         name = query.get("audio", "")

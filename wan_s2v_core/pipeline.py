@@ -212,14 +212,14 @@ class S2VPipeline:
         self,
         conditioning: S2VConditioning,
         config: SamplingConfig,
-        on_step: Callable[[int, int, Tensor], None] | None = None,
+        on_step: Callable[[ClipTask, int, Tensor], None] | None = None,
         routing: ExpertRouting | None = None,
         finished: StoredClips | None = None,
     ) -> Iterator[Clip]:
         """Yield clip after clip, each as soon as it is decoded; frames past the end of the plan are cut.
 
         Args:
-            on_step: called with clip, step (from 1) and the clean latents it predicts; may raise to stop.
+            on_step: called with the clip's task, step (from 1) and the clean latents it predicts; may raise to stop.
             routing: how experts are used; None for a model without.
             finished: clips of an earlier run with the same keys; only those behind them are made.
         """
@@ -236,7 +236,7 @@ class S2VPipeline:
 
             def tell(step: int, clean: Tensor) -> None:
                 if on_step:
-                    on_step(task.index, step, clean)
+                    on_step(task, step, clean)
 
             with self.network(DIT, forward_bytes(tokens)) as model:
                 set_routing(model, routing or ExpertRouting())

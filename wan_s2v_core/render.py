@@ -22,6 +22,7 @@ from .model.checkpoint import DIT, PART_LABELS
 from .model.loading import find_part
 from .pipeline import S2VPipeline, check_parts, clip_keys, usable_device
 from .prepare import AUTO, choose_routing, plan_loading
+from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,9 @@ def render(
         settings["request"]["keep_clips"] = keeps
     store = ClipStore(folder, video.fps, recording, settings, keys, earlier)
 
-    def tell(clip: int, step: int, _: Tensor) -> None:
+    def tell(task: ClipTask, step: int, _: Tensor) -> None:
         if on_step:
-            on_step(clip + 1, conditioning.clips, step)
+            on_step(task.index + 1, conditioning.clips, step)
 
     for clip in pipeline.generate(conditioning, sampling, tell, usable, store.stored):
         store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)

@@ -113,7 +113,7 @@ def test_the_last_preview_is_the_result(solver, guidance_scale, networks):
     """At the last step the noise level falls to 0: the clean latents predicted there are what comes out."""
     steps, told_, job = 3, [], make_job(1.5)
     config = SamplingConfig(steps=steps, solver=solver, guidance_scale=guidance_scale)
-    clips = list(WithoutVAE(networks).generate(job, config, lambda *news: told_.append(news)))
+    clips = list(WithoutVAE(networks).generate(job, config, lambda task, *news: told_.append((task.index, *news))))
     assert [news[:2] for news in told_] == [(clip, step) for clip in range(job.clips) for step in range(1, steps + 1)]
     for clip in clips:
         early, last = (told_[clip.index * steps + step][2] for step in (0, steps - 1))

@@ -24,6 +24,7 @@ from wan_s2v_core.memory import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.pipeline import S2VPipeline, clip_keys
 from wan_s2v_core.prepare import plan_loading
+from wan_s2v_core.sampling.clips import ClipTask
 
 VIDEO = VideoConfig(max_area=64 * 64, clip_frames=20, motion_frames=25)
 QUICK = SamplingConfig(steps=2, guidance_scale=1.0, seed=5)
@@ -65,9 +66,9 @@ class Run:
         for clip in pipeline.generate(job, config, self.tell, finished=self.store.stored):
             self.store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
 
-    def tell(self, clip: int, step: int, _: Tensor) -> None:
-        self.steps.append((clip + 1, step))
-        if self.stop == (clip + 1, step):
+    def tell(self, task: ClipTask, step: int, _: Tensor) -> None:
+        self.steps.append((task.index + 1, step))
+        if self.stop == self.steps[-1]:
             raise StopHereError
 
     @property

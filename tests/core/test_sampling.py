@@ -13,6 +13,7 @@ from wan_s2v_core.geometry import ClipGeometry, frames_of
 from wan_s2v_core.sampling.clips import ClipTask, clip_noise, generate_clips
 from wan_s2v_core.sampling.denoise import denoise
 from wan_s2v_core.sampling.guidance import GuidanceBranches, classifier_free_guidance, map_needed, needed_branches
+from wan_s2v_core.sampling.preview import colour_factors
 from wan_s2v_core.sampling.schedule import make_schedule
 from wan_s2v_core.sampling.solvers import make_solver
 
@@ -226,3 +227,17 @@ def test_noise_is_the_seed_and_the_clip():
     assert torch.equal(clip_noise(shape, 40, 2, "cpu"), clip_noise(shape, 42, 0, "cpu"))
     assert torch.equal(clip_noise(shape, 7, 0, "cpu"), torch.randn(shape, generator=torch.Generator().manual_seed(7)))
     assert not torch.equal(clip_noise(shape, 7, 0, "cpu"), clip_noise(shape, 7, 1, "cpu"))
+
+
+def test_preview_colours_are_those_of_the_picture(fresh_seed):
+    """Latents that mix colours with other things in any way still show a picture in its own colours."""
+    torch.manual_seed(fresh_seed)
+    colours = torch.rand(1, 3, 1, 12, 10) * 2 - 1
+    mixing = torch.linalg.qr(torch.randn(16, 16))[0]
+    latents = torch.einsum("ij,bjthw->bithw", mixing, torch.cat([colours, torch.randn(1, 13, 1, 12, 10)], 1)) + 0.5
+    picture = colours.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    factors, bias = colour_factors(picture, latents)
+    shown = torch.einsum("ij,bjthw->bithw", factors, latents) + bias.view(3, 1, 1, 1)
+    assert (shown - colours).abs().max() < 0.2
+    plain, _ = colour_factors(torch.full_like(picture, 0.3), latents)
+    assert plain.abs().max() < 1e-5

@@ -1,8 +1,7 @@
 """Fixtures of the nodes' tests: one real ComfyUI for all of them, with this pack linked in.
 
 python3 dev/run.py test sets COMFYUI_PATH and REQUIRE_COMFYUI. Without the first one there is nothing to test against;
-the second turns the skip into a failure, so that CI is never green on nothing. FRONTEND_ROOT names another
-frontend than the installed one: static/ of a comfyui_frontend_package.
+the second turns the skip into a failure, so that CI is never green on nothing.
 """
 
 import copy
@@ -44,8 +43,8 @@ def extra_models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfy(extra_models):
-    """A running server; its `base` holds models, input, output and temp."""
+def start_comfy(extra_models):
+    """Start a server, given more arguments of ComfyUI's command line -> a context with the server that runs."""
     comfyui = os.environ.get("COMFYUI_PATH")
     if not comfyui:
         if os.environ.get("REQUIRE_COMFYUI"):
@@ -55,11 +54,19 @@ def comfy(extra_models):
     paths = {"elsewhere": {"base_path": str(extra_models), "vae": "vae", "diffusion_models": "diffusion_models"}}
     config = extra_models / "extra_model_paths.yaml"
     config.write_text(json.dumps(paths), encoding="utf-8")  # JSON is YAML
-    arguments = ["--cpu", "--extra-model-paths-config", str(config)]
-    if frontend := os.environ.get("FRONTEND_ROOT"):
-        arguments += ["--front-end-root", frontend]
     variables = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    with ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables) as server:
+
+    def start(*more: str) -> ComfyServer:
+        arguments = ["--cpu", "--extra-model-paths-config", str(config), *more]
+        return ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def comfy(start_comfy):
+    """A running server; its `base` holds models, input, output and temp."""
+    with start_comfy() as server:
         assert server.import_problems() == []
         yield server
 

@@ -1,19 +1,12 @@
 // Open workflows in ComfyUI's page with headless Chromium and print, as JSON, what the page made of each.
-//   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> node page.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json ...
+//   PLAYWRIGHT_DIR=<folder of playwright-core> CHROMIUM=<browser> node page.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json ...
 import fs from 'node:fs'
 import path from 'node:path'
-import { openBrowser } from './browser.mjs'
+import { openPage } from './browser.mjs'
 
 const [address, profile, ...workflows] = process.argv.slice(2)
-const browser = await openBrowser(profile)
+const { browser, page, errors } = await openPage(address, profile)
 try {
-  const page = browser.pages()[0] ?? (await browser.newPage())
-  await page.route('**/*', route => (route.request().url().startsWith('http') && !route.request().url().startsWith(address) ? route.abort() : route.continue()))
-  await page.goto(address, { waitUntil: 'domcontentloaded', timeout: 90000 })
-  await page.waitForFunction(() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.WanS2VSample, null, { timeout: 90000 })
-  await page.waitForTimeout(1500)
-  let errors = []
-  page.on('pageerror', error => errors.push(String(error)))
   const open = graph => page.evaluate(async graph => {
     await window.app.loadGraphData(graph, true, true, 'test')
     const slots = list => (list ?? []).map(slot => [slot.name, slot.label ?? slot.localized_name ?? slot.name])
@@ -30,9 +23,8 @@ try {
   }, graph)
   const pages = {}
   for (const workflow of workflows) {
-    errors = []
     const made = await open(JSON.parse(fs.readFileSync(workflow, 'utf8')))
-    pages[path.basename(workflow, '.json')] = { ...made, errors }
+    pages[path.basename(workflow, '.json')] = { ...made, errors: errors.splice(0) }
   }
   console.log(JSON.stringify(pages))
 } finally {

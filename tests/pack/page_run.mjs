@@ -1,38 +1,15 @@
 // Open the demo in ComfyUI's page with headless Chromium, shrunk to several quick clips, queue it, and print as JSON what
 // the timeline and the clip player showed before, while and after it ran.
-//   PLAYWRIGHT_DIR=<folder with node_modules> CHROMIUM=<browser> [SCREENSHOTS=<folder>] \
+//   PLAYWRIGHT_DIR=<folder of playwright-core> CHROMIUM=<browser> [SCREENSHOTS=<folder>] \
 //     node page_run.mjs ADDRESS PROFILE_FOLDER WORKFLOW.json NAME '{"Node type": {"widget": value}}' SOUND
 // SOUND is in the input folder; at the end Load Audio is connected with it.
 import fs from 'node:fs'
 import path from 'node:path'
-import { openBrowser } from './browser.mjs'
+import { openPage, wait } from './browser.mjs'
 
 const [address, profile, workflow, name, changes, sound] = process.argv.slice(2)
-const browser = await openBrowser(profile)
-const wait = async (look, seconds) => {
-  const end = Date.now() + seconds * 1000
-  let seen = await look()
-  while (!seen && Date.now() < end) {
-    await new Promise(resolve => setTimeout(resolve, 50))
-    seen = await look()
-  }
-  return seen
-}
+const { browser, page, errors } = await openPage(address, profile)
 try {
-  const page = browser.pages()[0] ?? (await browser.newPage())
-  const errors = []
-  const isOurs = text => /wan_s2v|Wan S2V|clip_\d{4}/.test(text)
-  page.on('console', message => {
-    const text = `${message.text()} ${message.location().url}`
-    if (['error', 'warning'].includes(message.type()) && isOurs(text)) errors.push(text)
-  })
-  page.on('response', response => response.status() >= 400 && isOurs(response.url()) && errors.push(`${response.status()} ${response.url()}`))
-  await page.route('**/*', route => (route.request().url().startsWith('http') && !route.request().url().startsWith(address) ? route.abort() : route.continue()))
-  await page.goto(address, { waitUntil: 'domcontentloaded', timeout: 90000 })
-  await page.waitForFunction(() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.WanS2VSample, null, { timeout: 90000 })
-  await page.waitForTimeout(1500)
-  page.on('pageerror', error => errors.push(String(error?.stack ?? error)))
-
   const show = async (part, scale, type) => {
     await page.evaluate(([scale, type]) => {
       const { app } = window
@@ -43,8 +20,9 @@ try {
       view.offset[1] = 120 / scale - node.pos[1]
       app.canvas.setDirty(true, true)
     }, [scale, type])
+    if (!process.env.SCREENSHOTS) return
     await page.waitForTimeout(1000)
-    if (process.env.SCREENSHOTS) await page.screenshot({ path: path.join(process.env.SCREENSHOTS, `${name}_${part}.png`) })
+    await page.screenshot({ path: path.join(process.env.SCREENSHOTS, `${name}_${part}.png`) })
   }
   const told = () => page.evaluate(() => document.querySelector('.wan-s2v-timeline')?.innerText ?? '')
   /** Wait until the timeline says something else than before. */
@@ -64,7 +42,7 @@ try {
   await show('before', 1, 'WanS2VConditioning')
   await change(JSON.parse(changes))
   const shrunk = await news(demo)
-  await page.waitForTimeout(1500)
+  await page.waitForTimeout(1000) // a question to the server is asked when settings have been the same for 0.4 s
   const settled = await told()
   const { output } = await page.evaluate(() => window.app.graphToPrompt())
   await show('start', 0.7, 'WanS2VConditioning')
@@ -79,17 +57,22 @@ try {
     return isPlaying ? { ended: window.ended.status, width: video.videoWidth, seconds: video.duration, muted: video.muted, label: document.querySelector('.wan-s2v-clips').innerText, told: document.querySelector('.wan-s2v-timeline').innerText } : null
   })
   const during = await wait(playing, 120)
-  if (process.env.SCREENSHOTS) await show('during', 0.7, 'WanS2VSample')
+  await show('during', 0.7, 'WanS2VSample')
   const status = await wait(() => page.evaluate(() => window.ended.status), 240)
-  await page.waitForTimeout(1500)
+  await page.waitForTimeout(500)
   const after = await told()
   await show('after', 1, 'WanS2VSample')
   const others = await page.evaluate(() => new Promise(resolve => {
     const video = document.querySelector('.wan-s2v-clips video')
     const seen = new Set()
     if (!video) return resolve([])
-    video.addEventListener('playing', () => seen.add(new URL(video.src).searchParams.get('filename')))
-    setTimeout(() => resolve([...seen]), 5000)
+    const end = setTimeout(() => resolve([...seen]), 8000)
+    video.addEventListener('playing', () => {
+      seen.add(new URL(video.src).searchParams.get('filename'))
+      if (seen.size < 2) return
+      clearTimeout(end)
+      resolve([...seen])
+    })
   }))
   const graph = await page.evaluate(() => window.app.graph.serialize())
   const nodes = Object.fromEntries(graph.nodes.map(node => [node.type, { values: node.widgets_values, size: node.size }]))
@@ -114,13 +97,13 @@ try {
     })
     await show('absent', 1, 'WanS2VConditioning')
     other.chosen = await says(choose, sound)
-    other.cut = await says(() => (window.app.graph.nodes.find(node => node.type === 'WanS2VConditioning').widgets.find(widget => widget.name === 'max_clips').value = 7))
+    other.whole = await says(() => (window.app.graph.nodes.find(node => node.type === 'WanS2VConditioning').widgets.find(widget => widget.name === 'max_clips').value = 0))
     await page.evaluate(() => {
       const node = window.app.graph.nodes.find(node => node.type === 'WanS2VConditioning')
       node.setSize([520, node.size[1] + 90])
       window.app.canvas.setDirty(true, true)
     })
-    await show('cut', 1, 'WanS2VConditioning')
+    await show('whole', 1, 'WanS2VConditioning')
     other.muted = await says(() => (window.loader.mode = 2))
     await show('unknown', 1, 'WanS2VConditioning')
   }

@@ -2,6 +2,7 @@
 import { app } from '../../../scripts/app.js'
 
 const ACTIVE = 0
+const TALKING = 'WanS2VTalkingVideo'
 const PLAN_INPUTS = ['fps', 'clip_frames', 'max_clips', 'timing', 'clip_plan', 'start_from_picture']
 
 /** The node of an id that the server uses; "12:5" is node 5 in the subgraph of node 12. */
@@ -38,14 +39,27 @@ function valuesOf(node, names) {
   return Object.values(values).includes(undefined) ? null : values
 }
 
-/** What to ask the server for the timeline of a conditioning node; null where only the run can tell. */
-export function questionOf(conditioning) {
-  const voice = sourceOf(conditioning, 'voice')
-  const hears = { WanS2VEncodeAudio: ['start_seconds', 'seconds'], WanS2VVoiceFromEncoder: [] }[voice?.type]
-  const audio = hears && sourceOf(voice, 'audio')
-  const recording = { LoadAudio: ['audio'], WanS2VDemoInputs: [] }[audio?.type]
-  const parts = recording && [valuesOf(audio, recording), valuesOf(voice, hears), valuesOf(conditioning, PLAN_INPUTS)]
+/** What to ask the server for the timeline of a node that shows one; null where only the run can tell. */
+export function questionOf(node) {
+  const parts = node.comfyClass === TALKING ? partsOfTalking(node) : partsOfConditioning(node)
   if (!parts || parts.includes(null)) return null
-  const demo = audio.type === 'WanS2VDemoInputs' ? { demo: '1' } : {}
-  return new URLSearchParams(Object.assign(demo, ...parts)).toString()
+  return new URLSearchParams(Object.assign({}, ...parts)).toString()
+}
+
+function partsOfConditioning(node) {
+  const voice = sourceOf(node, 'voice')
+  const hears = { WanS2VEncodeAudio: ['start_seconds', 'seconds'], WanS2VVoiceFromEncoder: [] }[voice?.type]
+  return hears && [recordingOf(sourceOf(voice, 'audio')), valuesOf(voice, hears), valuesOf(node, PLAN_INPUTS)]
+}
+
+/** All else is as the nodes have it, which the server knows. */
+function partsOfTalking(node) {
+  if (node.inputs?.find(input => input.name === 'audio')?.link != null) return [recordingOf(sourceOf(node, 'audio'))]
+  const audio = valueOf(node, 'voice')
+  return [audio === undefined ? null : { audio }]
+}
+
+function recordingOf(source) {
+  if (source?.type === 'WanS2VDemoInputs') return { demo: '1' }
+  return source?.type === 'LoadAudio' ? valuesOf(source, ['audio']) : null
 }

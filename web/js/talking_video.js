@@ -1,10 +1,12 @@
 // What Wan S2V Talking Video needs of the page beyond ComfyUI's own: an upload button for the voice, since ComfyUI's serves
-// one input of a node, here the picture; and the video in place of the sampler's last preview and the other way round, which
-// ComfyUI mixes up where both come from nodes inside of one.
+// one input of a node, here the picture; no look in the input folder for the picture of the pack; and the video in place
+// of the sampler's last preview and the other way round, which ComfyUI mixes up where both come from nodes inside of one.
 import { app } from '../../../scripts/app.js'
 import { api } from '../../../scripts/api.js'
+import { say } from './texts.js'
 
 const NODE = 'WanS2VTalkingVideo'
+const EMBEDDED = 'embedded demo'
 
 async function upload(file) {
   const form = new FormData()
@@ -39,6 +41,18 @@ function place(node) {
   return node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : String(node.id)
 }
 
+// Let the page forget the outputs or previews of a node. Newer ones keep them in a store, and only a copy in app.
+function drop(node, kind) {
+  const stores = document.getElementById('vue-app')?.__vue_app__?.config.globalProperties.$pinia?.state.value
+  for (const held of [app[kind], stores?.nodeOutput?.[kind]]) delete held?.[place(node)]
+}
+
+// ComfyUI shows the chosen picture as a file of the input folder, and an error where it is the one of the pack.
+function forgetEmbedded(node) {
+  const picture = node.widgets.find(widget => widget.name === 'picture')
+  if (picture.value === EMBEDDED) drop(node, 'nodeOutputs')
+}
+
 app.registerExtension({
   name: 'WanS2V.TalkingVideo',
   nodeCreated(node) {
@@ -47,11 +61,13 @@ app.registerExtension({
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)
       if (!output?.animated) return
-      delete app.nodePreviewImages?.[place(this)]
+      drop(this, 'nodePreviewImages')
       forget(this)
     }
     const previewed = ({ detail }) => {
-      if (node.videoContainer && String(detail.displayNodeId) === String(node.id)) forget(node)
+      if (String(detail.displayNodeId) !== String(node.id)) return
+      if (node.videoContainer || app.nodeOutputs?.[place(node)]?.animated?.[0]) forget(node)
+      drop(node, 'nodeOutputs')
     }
     api.addEventListener('b_preview_with_metadata', previewed)
     const removed = node.onRemoved
@@ -59,6 +75,13 @@ app.registerExtension({
       api.removeEventListener('b_preview_with_metadata', previewed)
       removed?.apply(this, arguments)
     }
+    const picture = node.widgets.find(widget => widget.name === 'picture')
+    const chosen = picture.callback
+    picture.callback = function () {
+      chosen?.apply(this, arguments)
+      forgetEmbedded(node)
+    }
+    requestAnimationFrame(() => forgetEmbedded(node)) // ComfyUI shows it in the same frame, earlier
     const picker = document.createElement('input')
     picker.type = 'file'
     picker.accept = 'audio/*,video/*'
@@ -71,7 +94,9 @@ app.registerExtension({
       picker.value = ''
     }
     const button = node.addWidget('button', 'upload_voice', '', () => picker.click(), { serialize: false })
-    button.label = app.ui.settings.getSettingValue('Comfy.Locale') === 'zh' ? '上传声音文件' : 'choose voice to upload'
+    button.label = say('choose_voice')
+    const pictureButton = node.widgets.find(widget => widget.type === 'button' && widget.name === 'upload')
+    if (pictureButton) pictureButton.label = say('choose_picture')
     button.serialize = false // widgets of a saved graph are counted
   },
 })

@@ -21,6 +21,8 @@ export const TEXTS = {
     next: 'Next clip',
     repeat: 'Repeat this clip',
     sound: 'Sound',
+    choose_picture: 'choose picture to upload',
+    choose_voice: 'choose voice to upload',
   },
   zh: {
     clips: '{count} 个片段',
@@ -41,6 +43,8 @@ export const TEXTS = {
     next: '下一个片段',
     repeat: '循环播放此片段',
     sound: '声音',
+    choose_picture: '上传图片文件',
+    choose_voice: '上传声音文件',
   },
 }
 

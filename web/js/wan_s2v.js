@@ -1,8 +1,10 @@
-// The timeline in Wan S2V Conditioning, and finished clips in Wan S2V Sample. What the page lacks is left out.
+// The timeline in Wan S2V Conditioning and Wan S2V Talking Video, and finished clips in Wan S2V Sample. What the page
+// lacks is left out.
 import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
 import { ClipPlayer } from './clip_player.js'
 import { nodeOf, sourceOf } from './graph.js'
+import './talking_video.js' // first: the button that it adds stands above the timeline
 import { Timeline } from './timeline.js'
 
 const timelines = new Map()
@@ -38,9 +40,10 @@ function attach(widgets, Widget, node) {
 }
 
 function showClip(message) {
-  const sampler = nodeOf(message.node)
-  players.get(sampler)?.follow(message)
-  timelines.get(sourceOf(sampler, 'conditioning'))?.follow(message)
+  const node = nodeOf(message.node)
+  players.get(node)?.follow(message)
+  const timeline = timelines.get(node) ?? timelines.get(sourceOf(node, 'conditioning'))
+  timeline?.follow(message)
 }
 
 app.registerExtension({
@@ -53,7 +56,11 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    const widget = { WanS2VConditioning: [timelines, Timeline], WanS2VSample: [players, ClipPlayer] }[node.comfyClass]
+    const widget = {
+      WanS2VConditioning: [timelines, Timeline],
+      WanS2VTalkingVideo: [timelines, Timeline],
+      WanS2VSample: [players, ClipPlayer],
+    }[node.comfyClass]
     if (widget && node.addDOMWidget) careful(() => attach(...widget, node))
   },
 })
