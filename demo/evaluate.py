@@ -31,12 +31,15 @@ for folder in (HERE, HERE.parent):
 
 from scene_feed import FPS, HELD_OUT_SEED, SPEECH_HZ  # noqa: E402
 
+from wan_s2v_core.config import DEMO, PRESETS  # noqa: E402
+
 FIRST_SEED = HELD_OUT_SEED + 1000
 """Of the faces; the trainers judge with others."""
 CLIPS, CLIP_SECONDS = 24, 10.0
 LONG_SECONDS = 30.0
 KNOB_SCENES, KNOB_SECONDS = 6, 4.8
 SIDE_PX = 256
+DEMO_SETTINGS = {name: getattr(PRESETS[DEMO], name) for name in ("steps", "guidance_scale")}
 PLAIN = {"steps": 12, "guidance_scale": 2.0}
 """What each setting is varied from; the rest are the defaults."""
 KNOBS: dict[str, list[dict[str, Any]]] = {
@@ -216,7 +219,7 @@ def clip_tasks(options: argparse.Namespace) -> list[Task]:
     """The long ones first, as they take longest."""
     tasks = []
     for kind in options.kinds:
-        settings = options.settings if kind == MADE else {}
+        settings = {**DEMO_SETTINGS, **options.settings} if kind == MADE else {}
         tasks.append(Task(f"long_{kind}", 0, LONG_SECONDS, settings, kind=kind))
         tasks += [Task(kind, scene, CLIP_SECONDS, settings, kind=kind) for scene in range(options.count)]
     return sorted(tasks, key=lambda task: -task.seconds)
@@ -288,9 +291,9 @@ def judge_clips(options: argparse.Namespace, place: Place) -> dict[str, Any]:
         sheet(options.out / f"{kind}.png", [place.folder / f"{kind}_{n:02d}.mp4" for n in range(min(8, options.count))])
         sheet(options.out / f"long_{kind}.png", [place.folder / f"long_{kind}_00.mp4"], 12)
     return {
-        "settings": {**PLAIN, **options.settings},
+        "settings": {**DEMO_SETTINGS, **options.settings},
         "summary": {name: summary(found) for name, found in groups.items()},
-        "bounds": bounds(groups.get(CODED, [])),
+        "bounds": bounds([*groups.get(CODED, []), *groups.get(f"long_{CODED}", [])]),
         "results": groups,
     }
 

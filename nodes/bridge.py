@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 import time
 import weakref
@@ -28,6 +27,7 @@ from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.config import DEMO, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory import Home
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
@@ -95,15 +95,15 @@ def find_input(name: str) -> Path:
     return Path(path)
 
 
-def find_model(kind: str, name: str) -> ModelRecipe:
-    """The network behind a name in a menu.
+def find_model(kind: str, name: Any) -> ModelRecipe:
+    """The network behind a name in a menu; prompts of the API may hold anything there.
 
     Raises:
         ConfigError: if it is none of them.
     """
     if name == EMBEDDED:
         return ModelRecipe(kind, str(embedded(CHECKPOINT)))
-    if folder := official_folders().get(name):
+    if folder := official_folders().get(str(name)):
         return ModelRecipe(kind, str(folder))
     path = folder_paths.get_full_path(MODEL_FOLDERS[kind], name) if name in model_choices(kind) else None
     if path is None:
@@ -297,9 +297,13 @@ def latent_of(latents: Tensor) -> dict[str, Tensor]:
     return {"samples": comfy.latent_formats.Wan21().process_out(latents.float().cpu())}
 
 
+def clips_root() -> Path:
+    return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
+
+
 def find_clips(keys: Sequence[str]) -> EarlierClips | None:
     """The longest beginning of a video in the output folder."""
-    root = Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
+    root = clips_root()
     return find_earlier(sorted(root.iterdir()), keys) if root.is_dir() else None
 
 
@@ -310,8 +314,17 @@ def clips_folder(earlier: EarlierClips | None) -> Path:
         before = read_settings(earlier.folder)
         if clips_in(earlier.folder) < before.get("clips", 0) and not before.get("keep_clips"):
             return earlier.folder
-    name = f"{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}"
-    return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER / name
+    return new_folder(clips_root())
+
+
+IN_USE: weakref.WeakSet[StoredClips] = weakref.WeakSet()
+"""Clips that ComfyUI has among its cached results: a node behind the sampler may read them."""
+
+
+def make_room(gigabytes: int, current: Path) -> None:
+    """Delete what earlier runs left behind beyond so many GB, oldest first, but nothing in use; 0 deletes nothing."""
+    if gigabytes:
+        delete_leftovers(clips_root(), gigabytes * 1e9, {current, *(clips.folder for clips in IN_USE)})
 
 
 def let_go(clips: StoredClips) -> None:

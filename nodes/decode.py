@@ -8,10 +8,11 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..wan_s2v_core.config import check_choice
 from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.io.clip_store import StoredClips
 from ..wan_s2v_core.io.video import DEFAULT_PRESET, video_preset, video_presets
 from ..wan_s2v_core.render import write_video
 from . import bridge
-from .sockets import S2VClips, audio_of
+from .sockets import S2VClips, audio_of, check_link
 
 CATEGORY = "WanS2V/video"
 BYTES_PER_VALUE = 4
@@ -36,6 +37,7 @@ class DecodeClips(io.ComfyNode):
 
     @classmethod
     def execute(cls, clips) -> io.NodeOutput:
+        check_link("clips", clips, StoredClips)
         needed = BYTES_PER_VALUE * 3 * clips.frames * clips.width_px * clips.height_px
         if needed > (free := bridge.free_ram_bytes()):
             raise ConfigError(
@@ -80,8 +82,8 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix):
-        """Told before the long run that comes first; None where another node gives the name."""
+    def validate_inputs(cls, filename_prefix=None):
+        """Told before the long run that comes first; None where another node gives the name, or nobody does."""
         try:
             bridge.check_prefix(filename_prefix or "later")
         except ConfigError as error:
@@ -90,6 +92,7 @@ class SaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, clips, filename_prefix, format) -> io.NodeOutput:
+        check_link("clips", clips, StoredClips)
         check_choice("format", format, video_presets())
         suffix, size = video_preset(format).suffix, (clips.width_px, clips.height_px)
         with bridge.new_output(filename_prefix, suffix, *size) as (path, subfolder):

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..wan_s2v_core.conditioning.bundle import make_conditioning
+from ..wan_s2v_core.conditioning.bundle import Voice, make_conditioning
 from ..wan_s2v_core.config import CLIP_PLANS, DEFAULT_NEGATIVE_PROMPT, PICTURE_FITS, TIMINGS, VideoConfig, check_choice
 from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB
 from ..wan_s2v_core.pipeline import S2VPipeline
@@ -14,6 +15,7 @@ from .sockets import (
     S2VConditioningSocket,
     S2VTextEncoder,
     S2VVoice,
+    check_link,
     picture_of,
     pose_of,
     recording_of,
@@ -75,6 +77,7 @@ class EncodeAudio(io.ComfyNode):
 
     @classmethod
     def execute(cls, audio_encoder, audio, start_seconds, seconds, gain_db, normalize) -> io.NodeOutput:
+        check_link("audio_encoder", audio_encoder, bridge.Model)
         recording = recording_of(audio).cut(start_seconds, seconds or None)
         if normalize:
             recording = recording.levelled()
@@ -143,6 +146,7 @@ class EncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder, prompt, negative_prompt, device) -> io.NodeOutput:
+        check_link("text_encoder", text_encoder, bridge.Model)
         check_choice("device", device, TEXT_DEVICES)
         networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY)
         texts = S2VPipeline(networks, bridge.check_interrupt).encode_prompts(prompt, negative_prompt)
@@ -238,6 +242,8 @@ class Conditioning(io.ComfyNode):
         cls, voice, positive, negative, picture, width, height, size_rule, fit, start_from_picture, max_clips, fps,
         clip_frames, timing, clip_plan, hear_past, pose_video=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_link("voice", voice, Voice)
+        check_link("picture", picture, Tensor)
         check_choice("size_rule", size_rule, SIZE_RULES)
         video = VideoConfig(
             max_area=width * height,

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..wan_s2v_core.acceleration.experts.router import describe_experts
+from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
     NOISES,
@@ -23,7 +24,7 @@ from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, clip_keys
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, choose_routing
 from . import bridge
 from .clip_films import ClipFilms
-from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae
+from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link
 
 CATEGORY = "WanS2V/sampling"
 AnyChoice = io.Custom("COMBO")
@@ -179,6 +180,16 @@ class Sample(io.ComfyNode):
                     tooltip="Against colours that drift over many clips: pulls those of every clip towards the "
                     "picture's. Leave it at 0 where the light is meant to change.",
                 ),
+                io.Int.Input(
+                    "leftover_gb",
+                    optional=True,
+                    default=50,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Clips that earlier runs left on disk (cancelled, or never saved) may take so much. Beyond "
+                    "it the oldest are deleted when a run starts, but none of the last day, and none with keep_clips. "
+                    "0 deletes nothing.",
+                ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
             hidden=[io.Hidden.unique_id],
@@ -188,8 +199,11 @@ class Sample(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
-        moe_overflow, split_experts, colour_match=0.0,
+        moe_overflow, split_experts, colour_match=0.0, leftover_gb=50,
     ) -> io.NodeOutput:  # fmt: skip
+        check_link("model", model, bridge.Model)
+        check_link("vae", vae, bridge.Model)
+        check_link("conditioning", conditioning, S2VConditioning)
         sampling = SamplingConfig(
             steps=steps,
             shift=shift,
@@ -226,6 +240,7 @@ class Sample(io.ComfyNode):
         keys = clip_keys(job, sampling, usable, networks.paths, networks.loading)
         earlier = bridge.find_clips(keys)
         store = ClipStore(bridge.clips_folder(earlier), job.video.fps, job.recording, settings, keys, earlier)
+        bridge.make_room(leftover_gb, store.folder)
         finished = store.stored
         if finished.clip_frames:
             bridge.say(cls.hidden.unique_id, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
@@ -238,4 +253,5 @@ class Sample(io.ComfyNode):
             bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
         elif routing != ExpertRouting():
             bridge.say(cls.hidden.unique_id, describe_experts(config))
-        return io.NodeOutput(store.stored, bridge.latent_of(store.stored.latents(job.clips - 1)))
+        bridge.IN_USE.add(clips := store.stored)
+        return io.NodeOutput(clips, bridge.latent_of(clips.latents(job.clips - 1)))

@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from comfy_api.input import VideoInput
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
@@ -26,6 +27,13 @@ S2VVae = io.Custom("WAN_S2V_VAE")
 S2VVoice = io.Custom("WAN_S2V_VOICE")
 S2VConditioningSocket = io.Custom("WAN_S2V_CONDITIONING")
 S2VClips = io.Custom("WAN_S2V_CLIPS")
+
+
+def check_link(name: str, value: Any, kind: type) -> None:
+    """Raises ConfigError if an input was not made by a node: prompts of the API may hold a value instead of a link,
+    which ComfyUI does not look at."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r} is no link to a node. Connect the output that gives it.")
 
 
 def recording_of(audio: dict[str, Any] | None) -> Recording:
@@ -96,21 +104,30 @@ def pictures_of(image: Tensor) -> Tensor:
     return (image.expand(*image.shape[:3], 3).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def text_of(conditioning: list, name: str) -> Tensor:
+def text_of(conditioning: Any, name: str) -> Tensor:
     """CONDITIONING -> embeddings 1 L E without padding.
 
     Raises:
         ConfigError: if it holds no text embeddings.
     """
-    embeddings = conditioning[0][0] if conditioning else None
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 3:
-        raise ConfigError(f"{name} holds no text embeddings. Connect Wan S2V Encode Text, or umT5's CLIP Text Encode.")
+    match conditioning:
+        case [[Tensor(ndim=3) as embeddings, *_], *_]:
+            pass
+        case _:
+            raise ConfigError(
+                f"{name} holds no text embeddings. Connect Wan S2V Encode Text, or umT5's CLIP Text Encode."
+            )
     used = embeddings[:1].abs().amax(dim=(0, 2)).nonzero()  # ComfyUI pads with zeros
     return embeddings[:1, : int(used[-1]) + 1 if len(used) else 1].float().cpu()
 
 
 def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:
-    """VIDEO -> its frames on our clock, read from the file as they are needed where it is a whole file."""
+    """VIDEO -> its frames on our clock, read from the file as they are needed where it is a whole file.
+
+    Raises:
+        ConfigError: if it is no video.
+    """
+    check_link("pose_video", video, VideoInput)
     if isinstance(video, InputImpl.VideoFromFile) and is_whole(video):
         source = video.get_stream_source()
         if isinstance(source, str):

@@ -79,8 +79,8 @@ class TalkingVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, picture, voice, filename_prefix, image=None, audio=None):
-        """Told before anything runs; None where another node gives the value."""
+    def validate_inputs(cls, picture=None, voice=None, filename_prefix=None, image=None, audio=None):
+        """Told before anything runs; None where another node gives the value, or nobody does."""
         try:
             bridge.check_prefix(filename_prefix or "later")
             files_of(picture or DEMO, voice or DEMO, image, audio)

@@ -34,8 +34,9 @@ class ModelRecipe(JsonConfig):
     path: str
 
 
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Raises ConfigError if a setting is none of the words it may be."""
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises ConfigError if a setting, which may come from anybody's JSON, is none of the words it may be."""
+    known = tuple(known)
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
 
@@ -202,7 +203,7 @@ PRESETS = {
     HD_PRESET: SamplingConfig(shift=5.0),
     "ComfyUI template": SamplingConfig(steps=20, shift=8.0, guidance_scale=6.0),
     "quick look": SamplingConfig(steps=8),
-    DEMO: SamplingConfig(steps=12, guidance_scale=2.0),
+    DEMO: SamplingConfig(steps=10, guidance_scale=1.0),
 }
 """Settings that go together, by the names that nodes and the command line offer them under."""
 PRESET_FIELDS = ("steps", "shift", "guidance_scale", "solver")

@@ -59,6 +59,11 @@ def test_resampling_keeps_the_ends():
     torch.testing.assert_close(features[:, [0, -1]], states[:, [0, -1]])
 
 
+def test_the_shortest_recording_has_one_feature():
+    states = torch.randn(3, 1, 8)  # 25 to 45 ms at 50 Hz, less than a feature at 30 Hz
+    assert torch.equal(resample_features(states, 50), states)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     frames=st.integers(1, 400),

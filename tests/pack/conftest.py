@@ -7,6 +7,7 @@ the second turns the skip into a failure, so that CI is never green on nothing.
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
@@ -31,6 +32,7 @@ SMALL = {
     "seconds": 1.0,
 }
 """What makes a graph quick: one clip of 17 frames on a CPU takes about a second."""
+OUR_ERROR = re.compile(r"\.errors\.(ConfigError|CheckpointError|BackendUnavailable|OutOfMemory)$")
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +105,14 @@ def chance() -> np.random.Generator:
 def new_seed(chance):
     """Seeds that no other test uses, so that nothing comes out of ComfyUI's cache by accident."""
     return lambda: int(chance.integers(2**62))
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """A seed that is new in every run, or that of the variable SEED; printed when a test fails."""
+    seed = int(os.environ.get("SEED") or np.random.SeedSequence().entropy % 2**63)
+    print(f"SEED={seed} repeats it")
+    return seed
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +256,29 @@ def reason(ended) -> str:
     """Why a run did not succeed."""
     said = [f"{error.get('exception_type')}: {error.get('exception_message')}" for error in ended.errors]
     return f"{ended.status}: {said} {ended.node_errors}"
+
+
+@pytest.fixture(scope="session")
+def message_of():
+    """The message of a prompt that our code refused, which must be one for people."""
+
+    def read(ended) -> str:
+        assert ended.status == "error" and len(ended.errors) == 1, reason(ended)
+        (error,) = ended.errors
+        assert OUR_ERROR.search(error["exception_type"]), reason(ended)
+        message = error["exception_message"].strip()
+        assert "\n" not in message and message.endswith("."), message
+        return message
+
+    return read
+
+
+@pytest.fixture
+def server_lives(comfy):
+    """After the test the server is there, and no half-written file."""
+    yield
+    assert comfy.process.poll() is None, comfy.log(40)
+    assert not list(comfy.output.rglob("*.part")), "an unfinished file was left"
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "assets" / "checkpoint"
 SAMPLE, SAVE = "6", "7"
 NAN = float("nan")
-OUR_ERROR = re.compile(r"\.errors\.(ConfigError|CheckpointError|BackendUnavailable|OutOfMemory)$")
 MB = 1 << 20
+
+pytestmark = pytest.mark.usefixtures("server_lives")
 
 
 def sound(name: str) -> dict:
@@ -239,25 +240,8 @@ def mp3(chance, rate: int = 24000) -> bytes:
     return target.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def server_lives(comfy):
-    yield
-    assert comfy.process.poll() is None, comfy.log(40)
-    assert not list(comfy.output.rglob("*.part")), "an unfinished file was left"
-
-
-def message_of(ended) -> str:
-    """The message of a prompt that our code refused, which must be one for people."""
-    assert ended.status == "error" and len(ended.errors) == 1, (ended.status, ended.errors, ended.node_errors)
-    (error,) = ended.errors
-    assert OUR_ERROR.search(error["exception_type"]), (error["exception_type"], error["exception_message"])
-    message = error["exception_message"].strip()
-    assert "\n" not in message and message.endswith("."), message
-    return message
-
-
 @pytest.mark.parametrize("mistake", OURS)
-def test_mistakes_are_named(mistake, graph, run):
+def test_mistakes_are_named(mistake, graph, run, message_of):
     changes, wanted = OURS[mistake]
     message = message_of(run(graph(**changes)))
     assert wanted in message, message
@@ -286,7 +270,7 @@ def test_unusual_inputs_work(case, graph, film):
     assert len(shown.pictures) == max(1, round(seconds * fps))
 
 
-def test_clips_deleted_between_two_runs(graph, run, comfy, new_seed):
+def test_clips_deleted_between_two_runs(graph, run, comfy, new_seed, message_of):
     seed, folder = new_seed(), comfy.output / "wan_s2v_clips"
     assert run(graph(seed=seed)).status == "success"
     shutil.rmtree(folder)
@@ -306,7 +290,7 @@ def largest_file(process_id: int, size: int):
         resource.prlimit(process_id, resource.RLIMIT_FSIZE, before)
 
 
-def test_disk_full_while_clips_are_kept(graph, run, comfy, new_seed):
+def test_disk_full_while_clips_are_kept(graph, run, comfy, new_seed, message_of):
     prompt = graph(seed=new_seed())
     with largest_file(comfy.process.pid, MB):
         message = message_of(run(prompt))
@@ -314,7 +298,7 @@ def test_disk_full_while_clips_are_kept(graph, run, comfy, new_seed):
     assert run(prompt).status == "success"
 
 
-def test_disk_full_while_the_video_is_saved(graph, run, comfy, write_sound, new_seed):
+def test_disk_full_while_the_video_is_saved(graph, run, comfy, write_sound, new_seed, message_of):
     """The clips are there already: with room, saving alone runs again."""
     prompt = graph(**sound(write_sound("big.wav", 2.0, channels=8, rate=96000)), seconds=0.0, seed=new_seed())
     common = {"filename_prefix": "full", "format": "lossless-mkv"}
@@ -329,7 +313,7 @@ def test_disk_full_while_the_video_is_saved(graph, run, comfy, write_sound, new_
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_output_folder_is_read_only(graph, run, comfy):
+def test_output_folder_is_read_only(graph, run, comfy, message_of):
     folder = comfy.output / "locked"
     folder.mkdir()
     folder.chmod(0o500)

@@ -15,8 +15,8 @@ FEATURE_HZ = 30
 
 
 def resample_features(hidden_states: Tensor, rate: int, target_rate: int = FEATURE_HZ) -> Tensor:
-    """Linear interpolation over time, ends aligned. A T E at `rate` -> A T E at `target_rate`."""
-    frames = int(hidden_states.shape[1] / rate * target_rate)
+    """Linear interpolation over time, ends aligned. A T E at `rate` -> A T E at `target_rate`, at least one."""
+    frames = max(1, int(hidden_states.shape[1] / rate * target_rate))
     x = F.interpolate(hidden_states.transpose(1, 2), size=frames, align_corners=True, mode="linear")
     return x.transpose(1, 2)
 
