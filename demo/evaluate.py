@@ -2,7 +2,8 @@
 
     python demo/evaluate.py clips --out FOLDER        # 24 videos of 10 s or more, and one of 30 s; see KINDS
     python demo/evaluate.py knobs --out FOLDER        # every setting in turn, on videos of one clip
-    python demo/evaluate.py show --out FOLDER         # tables and plots from what the two wrote; needs matplotlib
+    python demo/evaluate.py split --out FOLDER --checkpoint DENSE    # a dense model with its neurons shared out
+    python demo/evaluate.py show --out FOLDER         # tables and plots from what they wrote; needs matplotlib
 
 Videos are made by `render` and judged by `quality`, as from the command line; many run side by side. Needs
 voices_heldout.npz (voices.py).
@@ -42,7 +43,8 @@ SIDE_PX = 256
 DEMO_SETTINGS = {name: getattr(PRESETS[DEMO], name) for name in ("steps", "guidance_scale")}
 PLAIN = {"steps": 12, "guidance_scale": 2.0}
 """What each setting is varied from; the rest are the defaults."""
-KNOBS: dict[str, list[dict[str, Any]]] = {
+Knobs = dict[str, list[dict[str, Any]]]
+KNOBS: Knobs = {
     "top_k": [{"top_k": k} for k in (8, 7, 6, 5, 4, 3, 2, 1)],
     "expert_capacity, drop": [
         {"expert_capacity": tokens, "overflow": "drop"} for tokens in (6000, 4500, 4000, 3500, 3000, 2500, 2000, 1000)
@@ -53,7 +55,9 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
     "solver": [{"solver": s, "steps": n} for s in ("unipc", "dpm++") for n in (6, 12)],
     "shift": [{"shift": s} for s in (1.0, 2.0, 3.0, 5.0, 8.0)],
 }
+SPLITS: Knobs = {"split_experts": [{"split_experts": 8, "top_k": k} for k in (8, 7, 6, 5, 4, 2)]}
 ROUTING = ("top_k", "expert_capacity", "overflow", "gate_dropout", "gate_dropout_seed")
+EQUAL_DB = 100
 SILENT = ("overflow", "gate_dropout_seed")
 """Settings that the plots need not name."""
 MEASURES = ("lip_sync_correlation", "lip_sync_lag_ms", "identity_drift", "seam_jump", "flicker", "psnr", "ssim")
@@ -202,6 +206,7 @@ def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) 
 
     settings = {**PLAIN, **task.settings}
     routing = ExpertRouting(**{name: settings.pop(name) for name in ROUTING if name in settings})
+    split_experts = settings.pop("split_experts", 0)
     target = place.file(task, ".mp4")
     request = RenderRequest(
         checkpoint=str(place.checkpoint),
@@ -210,6 +215,7 @@ def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) 
         save_file=str(target),
         prompt=prompt,
         device=place.device,
+        split_experts=split_experts,
     )
     sampling = SamplingConfig(seed=task.scene, **settings)
     render(request, VideoConfig(max_area=SIDE_PX * SIDE_PX), sampling, routing=routing)
@@ -225,14 +231,14 @@ def clip_tasks(options: argparse.Namespace) -> list[Task]:
     return sorted(tasks, key=lambda task: -task.seconds)
 
 
-def knob_tasks(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
+def knob_tasks(scenes: int, knobs: Knobs) -> tuple[list[Task], list[Task]]:
     """The plain ones, then those that are compared with them."""
-    plain = [Task("plain", scene, KNOB_SECONDS, {}) for scene in range(options.scenes)]
+    plain = [Task("plain", scene, KNOB_SECONDS, {}) for scene in range(scenes)]
     varied = [
         Task(f"{knob}_{number}".replace(", ", "_"), scene, KNOB_SECONDS, settings, "plain")
-        for knob, all_settings in KNOBS.items()
+        for knob, all_settings in knobs.items()
         for number, settings in enumerate(all_settings)
-        for scene in range(options.scenes)
+        for scene in range(scenes)
     ]
     return plain, sorted(varied, key=lambda task: -task.settings.get("steps", 0))
 
@@ -305,7 +311,8 @@ def bounds(coded_drawings: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
-    plain, varied = knob_tasks(options)
+    all_knobs = SPLITS if options.what == "split" else KNOBS
+    plain, varied = knob_tasks(options.scenes, all_knobs)
     found = {"plain": run_all(plain, place, options.workers)}
     for result in run_all(varied, place, options.workers):
         found.setdefault(result["name"], []).append(result)
@@ -314,7 +321,7 @@ def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
             {**settings, **summary(found[f"{knob}_{number}".replace(", ", "_")])}
             for number, settings in enumerate(all_settings)
         ]
-        for knob, all_settings in KNOBS.items()
+        for knob, all_settings in all_knobs.items()
     }
     failed = [result for results in found.values() for result in results if "error" in result]
     return {"plain": {**PLAIN, **summary(found["plain"])}, "knobs": knobs, "failed": failed}
@@ -338,7 +345,7 @@ def table(path: Path) -> str:
     columns = (*columns, "psnr", "ssim", "seconds")
     parts = [markdown("plain", columns, {described(PLAIN): found["plain"]})]
     for knob, values in found["knobs"].items():
-        parts.append(markdown(knob, columns, {described(value, KNOBS[knob]): value for value in values}))
+        parts.append(markdown(knob, columns, {described(value, {**KNOBS, **SPLITS}[knob]): value for value in values}))
     return "\n".join(parts)
 
 
@@ -365,25 +372,28 @@ def plot(path: Path, target: Path) -> None:
         raise SystemExit("the plots are drawn by matplotlib, which is not installed: pip install matplotlib") from None
     found = json.loads(path.read_text(encoding="utf-8"))
     measures = {"lip_sync_correlation": "lip sync, correlation", "psnr": "PSNR to plain, dB", "flicker": "flicker"}
-    figure = Figure(figsize=(3 * len(KNOBS), 7), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(KNOBS), 6), layout="constrained")
     axes = figure.subplots(len(measures), len(KNOBS), sharey="row", squeeze=False)
     for column, (knob, all_settings) in enumerate(KNOBS.items()):
         names = [" ".join(str(v) for name, v in one.items() if name not in SILENT) for one in all_settings]
         for row, (measure, label) in enumerate(measures.items()):
             one = axes[row][column]
-            one.plot(names, [value[measure] for value in found["knobs"][knob]], "o-", markersize=4)
+            values = [value[measure] for value in found["knobs"][knob]]
+            if measure == "psnr":  # equal videos have 100 dB
+                values = [float("nan") if value >= EQUAL_DB else value for value in values]
+            one.plot(values, "o-", markersize=4)
+            one.set_xlim(-0.3, len(names) - 0.7)
+            one.set_xticks(range(len(names)), names if row == len(measures) - 1 else [])
             if measure != "psnr":
                 one.axhline(found["plain"][measure], color="grey", linewidth=0.8, linestyle="--")
             one.tick_params(axis="x", rotation=90, labelsize=6)
             one.set_ylabel(label if column == 0 else "")
             one.set_title(knob if row == 0 else "", fontsize=9)
-            if row < len(measures) - 1:
-                one.set_xticklabels([])
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=80)
 
 
 def show(folder: Path) -> None:
-    for name in ("clips", "knobs"):
+    for name in ("clips", "knobs", "split"):
         if (path := folder / f"{name}.json").exists():
             print(table(path))
             if name == "knobs":
@@ -392,7 +402,7 @@ def show(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("clips", "knobs", "show"))
+    parser.add_argument("what", choices=("clips", "knobs", "split", "show"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="where the videos go; --out unless given")
     parser.add_argument("--checkpoint", type=Path, default=HERE.parent / "assets" / "checkpoint")
@@ -410,7 +420,7 @@ def main() -> None:
     for folder in (options.out, place.folder):
         folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    found = {"clips": judge_clips, "knobs": judge_knobs}[options.what](options, place)
+    found = (judge_clips if options.what == "clips" else judge_knobs)(options, place)
     found["device"], found["took_seconds"] = options.device, round(time.monotonic() - began, 1)
     (options.out / f"{options.what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found.get("summary") or found["plain"], indent=1))

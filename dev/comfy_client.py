@@ -19,8 +19,8 @@ from web_socket import WebSocket, WebSocketClosed
 
 Prompt = dict[str, dict[str, Any]]
 OnEvent = Callable[[str, dict[str, Any], "Run"], None]
-PREVIEW_KINDS = (1, 4)
-"""Binary messages that carry a preview picture, without and with metadata."""
+PREVIEW, PREVIEW_WITH_METADATA = 1, 4
+"""Binary messages that carry a picture."""
 ENDINGS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
@@ -36,6 +36,12 @@ class HttpError(Exception):
             self.answer = None
 
 
+def preview_in(message: bytes) -> bytes | None:
+    """The file in a binary message: behind its type, and the format or the length of the metadata and those."""
+    kind, second = struct.unpack(">II", message[:8])
+    return {PREVIEW: message[8:], PREVIEW_WITH_METADATA: message[8 + second :]}.get(kind)
+
+
 @dataclass
 class Run:
     """What became of one prompt.
@@ -46,6 +52,7 @@ class Run:
     started: seconds after queueing at which a node began.
     errors: of a failed node (node_id, node_type, exception_type, exception_message, traceback), or of the server.
     node_errors: inputs that were refused, by node; also set when other outputs of the prompt ran.
+    previews: pictures of steps, as JPEG files.
     outputs: what output nodes reported, by node.
     """
 
@@ -58,7 +65,7 @@ class Run:
     started: dict[str, float] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
-    previews: int = 0
+    previews: list[bytes] = field(default_factory=list)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     node_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -213,7 +220,8 @@ class ComfyClient:
                 return
             quiet_since = now
             if isinstance(message, bytes):
-                run.previews += struct.unpack(">I", message[:4])[0] in PREVIEW_KINDS
+                if picture := preview_in(message):
+                    run.previews.append(picture)
                 continue
             kind, data = (decoded := json.loads(message))["type"], decoded.get("data") or {}
             if data.get("prompt_id") != run.prompt_id:
