@@ -17,7 +17,7 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bi
 COMFYUI = ENVIRONMENT / "comfyui"
 PAGE = ENVIRONMENT / "page"
 
-TOOLS = ("hypothesis", "pytest", "ruff")
+TOOLS = ("hypothesis", "pytest", "pytest-xdist", "ruff")
 NEED_PYTHON_3_11 = ("av", "diffusers", "hypothesis", "transformers")
 """Their pinned versions do not exist for Python 3.10, which takes the newest that do."""
 
@@ -91,7 +91,8 @@ def find_chromium() -> str | None:
 
 
 def core_inputs() -> str:
-    return digest(*((ROOT / name).read_bytes() for name in ("requirements.txt", "constraints.txt")))
+    files = ((ROOT / name).read_bytes() for name in ("requirements.txt", "constraints.txt"))
+    return digest(*files, " ".join(TOOLS).encode())
 
 
 def digest(*parts: bytes) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 import comfy_demo
 from environment import COMFYUI, PYTHON, ROOT, set_up_comfyui, set_up_core, set_up_page
 
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
+"""For all tests: two files at a time, each with its own ComfyUI where it needs one."""
 SUITES: dict[str, dict[str, str]] = {
     "tests/core": {},
     "tests/pack": {"COMFYUI_PATH": str(COMFYUI), "REQUIRE_COMFYUI": "1"},
@@ -52,7 +54,8 @@ def test(arguments: list[str], page: dict[str, str]) -> int:
         if named and not any(argument.startswith(suite) for argument in named):
             continue
         chosen = [argument for argument in arguments if argument not in named or argument.startswith(suite)]
-        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *chosen, **variables, **page))
+        how = chosen if arguments else SIDE_BY_SIDE
+        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *how, **variables, **page))
         if codes[-1] and not (arguments and codes[-1] == NO_TESTS_CHOSEN):
             return codes[-1]
     return min(codes)

@@ -140,7 +140,7 @@ def test_options_work(flags, command, run_cli, inputs):
         ({"preset": "reference 720p", "sample_steps": 3}, SamplingConfig(steps=3, shift=5.0)),
         (
             {"preset": "embedded demo", "sample_shift": 5, "sample_guide_scale": 0.5, "sample_solver": "euler"},
-            SamplingConfig(steps=12, shift=5.0, guidance_scale=1.0, solver="euler"),
+            SamplingConfig(steps=10, shift=5.0, guidance_scale=1.0, solver="euler"),
         ),
         ({"preset": "quick look", "colour_match": 0.5}, SamplingConfig(steps=8, colour_match=0.5)),
     ],

@@ -82,10 +82,10 @@ def test_it_is_what_a_run_makes(settings, timeline, run, graph, chance, write_so
     assert message["node"] == CONDITIONING and CONDITIONING not in ended.outputs
     peaks = [np.array(plan.pop("peaks")) for plan in (expected, made)]
     assert made == expected, (given, rate)
-    assert len(peaks[0]) == len(peaks[1])
+    assert abs(len(peaks[0]) - len(peaks[1])) <= 1  # the run has resampled the sound
     if not given.get("start_seconds"):  # else hundredths of a second begin elsewhere
-        tail = 1 + len(peaks[0]) // 50
-        np.testing.assert_allclose(peaks[0][:-tail], peaks[1][:-tail], atol=0.002)
+        kept = min(map(len, peaks)) - 1 - len(peaks[0]) // 50
+        np.testing.assert_allclose(peaks[0][:kept], peaks[1][:kept], atol=0.002)
 
 
 def test_a_changed_file_is_read_again(timeline, write_sound):
