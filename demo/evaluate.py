@@ -42,7 +42,7 @@ KNOB_SCENES, KNOB_SECONDS = 6, 4.8
 SIDE_PX = 256
 DEMO_SETTINGS = {name: getattr(PRESETS[DEMO], name) for name in ("steps", "guidance_scale")}
 PLAIN = {"steps": 12, "guidance_scale": 2.0}
-"""What each setting is varied from; the rest are the defaults."""
+"""What each setting is varied from, but for splits; the rest are the defaults."""
 Knobs = dict[str, list[dict[str, Any]]]
 KNOBS: Knobs = {
     "top_k": [{"top_k": k} for k in (8, 7, 6, 5, 4, 3, 2, 1)],
@@ -80,6 +80,8 @@ class Task:
     scene: int
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=lambda: DEMO_SETTINGS)
+    """What `settings` are changes of."""
     against: str | None = None
     """Name of the setting whose video of the same scene it is compared with."""
     kind: str = MADE
@@ -204,7 +206,7 @@ def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) 
     from wan_s2v_core.config import ExpertRouting, SamplingConfig, VideoConfig
     from wan_s2v_core.render import RenderRequest, render
 
-    settings = {**PLAIN, **task.settings}
+    settings = {**task.base, **task.settings}
     routing = ExpertRouting(**{name: settings.pop(name) for name in ROUTING if name in settings})
     split_experts = settings.pop("split_experts", 0)
     target = place.file(task, ".mp4")
@@ -225,17 +227,17 @@ def clip_tasks(options: argparse.Namespace) -> list[Task]:
     """The long ones first, as they take longest."""
     tasks = []
     for kind in options.kinds:
-        settings = {**DEMO_SETTINGS, **options.settings} if kind == MADE else {}
+        settings = options.settings if kind == MADE else {}
         tasks.append(Task(f"long_{kind}", 0, LONG_SECONDS, settings, kind=kind))
         tasks += [Task(kind, scene, CLIP_SECONDS, settings, kind=kind) for scene in range(options.count)]
     return sorted(tasks, key=lambda task: -task.seconds)
 
 
-def knob_tasks(scenes: int, knobs: Knobs) -> tuple[list[Task], list[Task]]:
+def knob_tasks(scenes: int, knobs: Knobs, base: dict[str, Any]) -> tuple[list[Task], list[Task]]:
     """The plain ones, then those that are compared with them."""
-    plain = [Task("plain", scene, KNOB_SECONDS, {}) for scene in range(scenes)]
+    plain = [Task("plain", scene, KNOB_SECONDS, {}, base) for scene in range(scenes)]
     varied = [
-        Task(f"{knob}_{number}".replace(", ", "_"), scene, KNOB_SECONDS, settings, "plain")
+        Task(f"{knob}_{number}".replace(", ", "_"), scene, KNOB_SECONDS, settings, base, "plain")
         for knob, all_settings in knobs.items()
         for number, settings in enumerate(all_settings)
         for scene in range(scenes)
@@ -311,8 +313,8 @@ def bounds(coded_drawings: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
-    all_knobs = SPLITS if options.what == "split" else KNOBS
-    plain, varied = knob_tasks(options.scenes, all_knobs)
+    all_knobs, base = (SPLITS, DEMO_SETTINGS) if options.what == "split" else (KNOBS, PLAIN)
+    plain, varied = knob_tasks(options.scenes, all_knobs, base)
     found = {"plain": run_all(plain, place, options.workers)}
     for result in run_all(varied, place, options.workers):
         found.setdefault(result["name"], []).append(result)
@@ -324,7 +326,7 @@ def judge_knobs(options: argparse.Namespace, place: Place) -> dict[str, Any]:
         for knob, all_settings in all_knobs.items()
     }
     failed = [result for results in found.values() for result in results if "error" in result]
-    return {"plain": {**PLAIN, **summary(found["plain"])}, "knobs": knobs, "failed": failed}
+    return {"plain": {**base, **summary(found["plain"])}, "knobs": knobs, "failed": failed}
 
 
 def table(path: Path) -> str:
@@ -343,7 +345,7 @@ def table(path: Path) -> str:
         columns = ("videos", "least_correlation", *columns, "seconds")
         return markdown("videos", columns, rows)
     columns = (*columns, "psnr", "ssim", "seconds")
-    parts = [markdown("plain", columns, {described(PLAIN): found["plain"]})]
+    parts = [markdown("plain", columns, {described(found["plain"], [PLAIN]): found["plain"]})]
     for knob, values in found["knobs"].items():
         parts.append(markdown(knob, columns, {described(value, {**KNOBS, **SPLITS}[knob]): value for value in values}))
     return "\n".join(parts)

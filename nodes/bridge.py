@@ -30,7 +30,7 @@ from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory import Home
-from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, load
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
@@ -187,6 +187,7 @@ class ComfyNetworks:
         offload: take each network off the card when its stage is over; otherwise it stays until ComfyUI needs room.
         on_cpu: leave all of them in main memory.
         split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
+        low_noise: a second DiT, for steps of low noise.
     """
 
     def __init__(
@@ -196,16 +197,19 @@ class ComfyNetworks:
         offload: bool = True,
         on_cpu: bool = False,
         split_experts: int = 0,
+        low_noise: Model | None = None,
     ):
         self.models = {model.recipe.kind: model for model in models}
+        if low_noise is not None:
+            self.models[LOW_NOISE_DIT] = low_noise
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.loading = replace(plan_loading(precision, card, split_experts), device=self.device)
         self.offload = offload
 
     @contextlib.contextmanager
-    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        patcher = self._patcher(kind)
+    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        patcher = self._patcher(name)
         manager.load_models_gpu([patcher], memory_required=working_bytes, force_full_load=True)
         try:
             yield patcher.model.network
@@ -220,18 +224,23 @@ class ComfyNetworks:
     @property
     def paths(self) -> dict[str, Path]:
         """Where each network comes from."""
-        return {kind: Path(model.recipe.path) for kind, model in self.models.items()}
+        return {name: Path(model.recipe.path) for name, model in self.models.items()}
 
-    def _patcher(self, kind: str) -> WholePatcher:
+    def _patcher(self, name: str) -> WholePatcher:
         """The network under ComfyUI's management, loaded unless it is there as it is wanted."""
-        recipe, place, cpu = self.models[kind].recipe, self.models[kind].place, torch.device("cpu")
-        wanted = (stamp_of(recipe), self.loading.concerning(kind))
-        if place.made_from != wanted:
+        recipe, place, cpu = self.models[name].recipe, self.models[name].place, torch.device("cpu")
+        if place.made_from != self._made_from(recipe):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
-            network = load(recipe.path, kind, self.loading.dtype(kind), cpu, self.loading.prepare(kind))
-            self.loading.finish(kind, network, recipe.path)
-            place.patcher, place.made_from = WholePatcher(Placed(network), self.device, cpu), wanted
+            kind, loading = recipe.kind, self.loading
+            network = load(recipe.path, kind, loading.dtype(kind), cpu, loading.prepare(kind))
+            loading.finish(kind, network, recipe.path)
+            place.patcher = WholePatcher(Placed(network), self.device, cpu)
+            place.made_from = self._made_from(recipe)  # loading may have written a file of split experts
         return place.patcher
+
+    def _made_from(self, recipe: ModelRecipe) -> tuple:
+        """Changes when a network has to be loaded again."""
+        return stamp_of(recipe), self.loading.concerning(recipe.kind, recipe.path)
 
 
 check_interrupt = manager.throw_exception_if_processing_interrupted

@@ -6,6 +6,7 @@ from ..wan_s2v_core.acceleration.experts.router import describe_experts
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
+    NOISE_BOUNDARY,
     NOISES,
     OVERFLOWS,
     PRESETS,
@@ -20,7 +21,7 @@ from ..wan_s2v_core.config import (
 from ..wan_s2v_core.io.clip_store import ClipStore
 from ..wan_s2v_core.model.checkpoint import DIT
 from ..wan_s2v_core.model.loading import find_part
-from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, clip_keys
+from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_keys
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, choose_routing
 from . import bridge
 from .clip_films import ClipFilms
@@ -190,6 +191,22 @@ class Sample(io.ComfyNode):
                     "it the oldest are deleted when a run starts, but none of the last day, and none with keep_clips. "
                     "0 deletes nothing.",
                 ),
+                S2VModel.Input(
+                    "low_noise_model",
+                    optional=True,
+                    tooltip="A second S2V model for the steps of low noise, where two were trained as a pair. S2V-14B "
+                    "is one model and needs none.",
+                ),
+                io.Float.Input(
+                    "noise_boundary",
+                    optional=True,
+                    default=NOISE_BOUNDARY,
+                    min=0.005,
+                    max=0.995,
+                    step=0.005,
+                    tooltip="Noise level (sigma, 1 to 0) at which low_noise_model takes over: model serves from there "
+                    "up. Without a second model it does nothing.",
+                ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
             hidden=[io.Hidden.unique_id],
@@ -199,10 +216,13 @@ class Sample(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
-        moe_overflow, split_experts, colour_match=0.0, leftover_gb=50,
+        moe_overflow, split_experts, colour_match=0.0, leftover_gb=50, low_noise_model=None,
+        noise_boundary=NOISE_BOUNDARY,
     ) -> io.NodeOutput:  # fmt: skip
         check_link("model", model, bridge.Model)
         check_link("vae", vae, bridge.Model)
+        if low_noise_model is not None:
+            check_link("low_noise_model", low_noise_model, bridge.Model)
         check_link("conditioning", conditioning, S2VConditioning)
         sampling = SamplingConfig(
             steps=steps,
@@ -214,6 +234,7 @@ class Sample(io.ComfyNode):
             seed=seed,
             noise=noise,
             colour_match=colour_match,
+            noise_boundary=None if low_noise_model is None else noise_boundary,
         )
         routing = ExpertRouting(
             top_k=moe_top_k or None,
@@ -224,11 +245,15 @@ class Sample(io.ComfyNode):
         )
         config, voice, text = find_part(model.recipe.path, DIT).config, conditioning.voice, conditioning.text
         check_fit(config, text.shape[-1], voice.shape[2], voice.shape[1])
+        if low_noise_model is not None:
+            check_pair(config, find_part(low_noise_model.recipe.path, DIT).config)
         usable = choose_routing(config, routing, split_experts)
-        networks = bridge.ComfyNetworks(model, vae, precision=precision, offload=offload, split_experts=split_experts)
+        loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
+        networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
         pipeline = S2VPipeline(networks, bridge.check_interrupt)
         settings = {
             "model": model.recipe.to_dict(),
+            "low_noise_model": None if low_noise_model is None else low_noise_model.recipe.to_dict(),
             "video": conditioning.video.to_dict(),
             "sampling": sampling.to_dict(),
             "routing": routing.to_dict(),

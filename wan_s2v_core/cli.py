@@ -81,6 +81,7 @@ def run_generate(options: argparse.Namespace) -> int:
         text_on_cpu=options.t5_cpu,
         keep_clips=options.keep_clips,
         split_experts=options.split_experts,
+        noise_expert=options.noise_expert,
         **({} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}),
     )
     video = VideoConfig(
@@ -110,9 +111,11 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
     """The preset, but for what was asked for by a flag of its own."""
-    from .config import sampling_preset
+    from .config import NOISE_BOUNDARY, sampling_preset
 
-    guidance = options.sample_guide_scale
+    guidance, boundary = options.sample_guide_scale, options.noise_boundary
+    if options.noise_expert and boundary is None:
+        boundary = NOISE_BOUNDARY
     asked = {
         "steps": options.sample_steps,
         "shift": options.sample_shift,
@@ -127,6 +130,7 @@ def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
         seed=seed,
         noise=options.noise,
         colour_match=options.colour_match,
+        noise_boundary=boundary,
     )
 
 
@@ -168,6 +172,32 @@ def make_video(
 
 def show_step(clip: int, clips: int, step: int) -> None:
     print(f"\rclip {clip} of {clips}, step {step} ", end="", file=sys.stderr, flush=True)
+
+
+def run_split(options: argparse.Namespace) -> int:
+    from .calibrate import SplitRequest, split_checkpoint
+    from .config import SamplingConfig, VideoConfig
+
+    request = SplitRequest(
+        checkpoint=options.checkpoint,
+        experts=options.experts,
+        audio=options.audio,
+        image=options.image,
+        prompt=options.prompt,
+        device=options.device or best_device(),
+        precision=options.precision or "auto",
+        overwrite=options.overwrite,
+    )
+    video = VideoConfig(max_area=parse_size(options.size), clip_frames=options.infer_frames, clips=1)
+    tell = None if options.json else lambda step, _: show_step(1, 1, step)
+    report = split_checkpoint(request, video, SamplingConfig(steps=options.steps), tell)
+    if options.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(file=sys.stderr)
+        print(f"{report.path}: {request.experts} experts, from {report.tokens} tokens of each feed-forward")
+        print(report.split)
+    return FINE
 
 
 def run_quality(options: argparse.Namespace) -> int:
@@ -270,6 +300,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
     add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)
     add_experts(make)
+    add_noise_experts(make)
     for flag in ("tts_prompt_audio", "tts_prompt_text", "tts_text"):
         add(f"--{flag}", help=argparse.SUPPRESS)
 
@@ -288,6 +319,41 @@ def add_experts(make: argparse.ArgumentParser) -> None:
     add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once (bounds memory); all by default")
     add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
     add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
+
+
+def add_noise_experts(make: argparse.ArgumentParser) -> None:
+    """What pairs of models take, one for high noise and one for low."""
+    from .config import NOISE_BOUNDARY
+
+    pair = make.add_argument_group("noise experts", "for S2V models that were trained as a pair; S2V-14B is one model")
+    add = pair.add_argument
+    add("--noise_expert", help="file or folder of a second S2V DiT, for the steps of low noise")
+    add(
+        "--noise_boundary",
+        type=float,
+        help=f"noise level from which on the model of --ckpt_dir serves, between 0 and 1 (default {NOISE_BOUNDARY})",
+    )
+
+
+def add_split(commands, common: argparse.ArgumentParser) -> None:
+    split = commands.add_parser(
+        "split",
+        parents=[common],
+        help="split a dense checkpoint into experts by what it does on a short input, for generate --split_experts",
+    )
+    split.set_defaults(run=run_split)
+    add = split.add_argument
+    add("checkpoint", help="folder of Wan2.2-S2V-14B, or one in its layout; the file is written there")
+    add("--experts", type=int, default=8, help="into so many (default %(default)s)")
+    add("--audio", required=True, help="recording, of which the first clip is used")
+    add("--image", required=True, help="reference picture")
+    add("--prompt", default="", help="what is to be seen")
+    add("--steps", "--sample_steps", type=int, default=6, help="steps over all noise levels (default %(default)s)")
+    add("--size", default="832*480", help="bound of the area; the picture gives the aspect (default %(default)s)")
+    add("--infer_frames", type=int, default=80, help="frames of the clip, a multiple of 4 (default %(default)s)")
+    add("--device", help="cuda if there is a card, else cpu")
+    add("--precision", help="as for generate; the split serves all")
+    add("--overwrite", action="store_true", help="replace the file of an earlier split")
 
 
 def add_quality(commands, common: argparse.ArgumentParser) -> None:
@@ -320,6 +386,7 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("path", type=Path, help="weights file or checkpoint folder")
     look.set_defaults(run=run_inspect)
     add_generate(commands, common)
+    add_split(commands, common)
     add_quality(commands, common)
 
     show = commands.add_parser("demo", parents=[common], help="run the embedded tiny model on the embedded voice")

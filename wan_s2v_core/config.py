@@ -151,6 +151,8 @@ class ExpertRouting(JsonConfig):
 SOLVERS = ("unipc", "dpm++", "euler")
 SIGMA_SPACINGS = ("flow", "karras")
 NOISES = ("cpu", "reference")
+NOISE_BOUNDARY = 0.9
+"""Where pairs of models change over unless it is said, as the picture-to-video pair of Wan2.2 does."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class SamplingConfig(JsonConfig):
     silence and follows `guidance_scale` when it is None, which is the reference and the cheapest. `noise`: cpu draws
     float32 numbers that are the same on every device; reference draws bfloat16 ones on the device itself and keeps the
     latents in bfloat16 between steps. `colour_match` pulls the colours of every clip towards those of the picture: 0
-    leaves them as they are made, 1 gives each channel the picture's mean and deviation.
+    leaves them as they are made, 1 gives each channel the picture's mean and deviation. `noise_boundary`: steps whose
+    sigma is below it are a second model's; None for one model.
     """
 
     steps: int = 40
@@ -173,6 +176,7 @@ class SamplingConfig(JsonConfig):
     seed: int = 0
     noise: str = "cpu"
     colour_match: float = 0.0
+    noise_boundary: float | None = None
 
     def __post_init__(self):
         if self.steps < 1:
@@ -189,6 +193,10 @@ class SamplingConfig(JsonConfig):
                 raise ConfigError(f"{name}={scale} must be 1 or more. 1 turns guidance off; the reference uses 4.5.")
         if not 0 <= self.colour_match <= 1:
             raise ConfigError(f"colour_match={self.colour_match} is outside 0 to 1. Use 0 for none, 1 for all of it.")
+        if self.noise_boundary is not None and not 0 < self.noise_boundary < 1:
+            raise ConfigError(
+                f"noise_boundary={self.noise_boundary} must lie between 0 and 1. Use such as {NOISE_BOUNDARY}."
+            )
 
     @property
     def audio_scale(self) -> float:

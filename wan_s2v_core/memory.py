@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .model.checkpoint import TEXT_ENCODER
+from .model.checkpoint import TEXT_ENCODER, kind_of
 from .model.loading import load
 
 FORWARD_BYTES_PER_TOKEN = 175_000
@@ -61,8 +61,9 @@ class Networks(Protocol):
     device: torch.device
     """Where stages compute, and where their tensors are."""
 
-    def use(self, kind: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
-        """A network on its device, for one stage that needs `working_bytes` besides the weights."""
+    def use(self, name: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
+        """A network on its device, for one stage that needs `working_bytes` besides the weights. `name`: its kind, or
+        LOW_NOISE_DIT."""
 
 
 class Loading(Protocol):
@@ -81,7 +82,7 @@ class CheckpointNetworks:
     """Networks from files, each loaded when it is first needed.
 
     Args:
-        paths: kind -> file or folder.
+        paths: kind, or LOW_NOISE_DIT -> file or folder.
         loading: types, device and preparation.
         offload: bring each network to the device for its stage only; it waits in main memory otherwise.
         text_device: elsewhere for the text encoder, such as "cpu".
@@ -97,20 +98,20 @@ class CheckpointNetworks:
         self.homes: dict[str, Home] = {}
 
     @contextmanager
-    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        device = self.devices.get(kind, self.device)
+    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        device, kind = self.devices.get(name, self.device), kind_of(name)
         home = torch.device("cpu") if self.offload else device
-        if kind not in self.loaded:
+        if name not in self.loaded:
             loading = self.loading
-            network = load(self.paths[kind], kind, loading.dtype(kind), home, loading.prepare(kind))
-            loading.finish(kind, network, self.paths[kind])
-            self.loaded[kind] = network
-        if self.offload and kind not in self.homes:
-            self.homes[kind] = Home(self.loaded[kind])
+            network = load(self.paths[name], kind, loading.dtype(kind), home, loading.prepare(kind))
+            loading.finish(kind, network, self.paths[name])
+            self.loaded[name] = network
+        if self.offload and name not in self.homes:
+            self.homes[name] = Home(self.loaded[name])
         try:
-            yield self.loaded[kind].to(device)
+            yield self.loaded[name].to(device)
         finally:
             if self.offload and device.type != "cpu":
-                self.homes[kind].take_back()
+                self.homes[name].take_back()
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -2,26 +2,27 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .acceleration.experts.noise import noise_experts
 from .acceleration.experts.router import set_routing, take_load
 from .conditioning.audio import FEATURE_HZ, resample_features
 from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, S2VModelConfig, SamplingConfig
-from .errors import BackendUnavailable, CheckpointError, OutOfMemory
+from .errors import BackendUnavailable, CheckpointError, ConfigError, OutOfMemory
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
-from .memory import Networks, forward_bytes, vae_bytes, voice_bytes
+from .memory import CheckpointNetworks, Networks, forward_bytes, vae_bytes, voice_bytes
 from .model.audio_encoder import SPEECH_FEATURE_HZ
-from .model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE, kind_of
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
@@ -73,6 +74,19 @@ def sample_clip(
     return denoise(clip_denoiser(model, inputs, negative_text, config), noise, config, on_step)
 
 
+def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: torch.device) -> Tensor:
+    """What a clip is denoised from, 1 C F h w."""
+    height, width = (side // PIXELS_PER_LATENT for side in job.size_px)
+    shape = (1, LATENT_CHANNELS, job.plan.clip_frames[clip] // FRAMES_PER_LATENT, height, width)
+    return clip_noise(shape, config.seed, clip, device, config.noise)
+
+
+def sampling_bytes(noise: Tensor) -> int:
+    """Memory for denoising this clip, besides the weights."""
+    frames, height, width = noise.shape[2:]
+    return forward_bytes((frames + 2) * height * width // PATCH**2)  # picture and motion add about two frames
+
+
 def usable_device(name: str) -> torch.device:
     """The device of that name.
 
@@ -94,10 +108,37 @@ def check_parts(paths: Mapping[str, Path]) -> None:
 
     Raises:
         CheckpointError: if one is missing, or voice or text are of another width than the DiT reads.
+        ConfigError: if there is a second DiT that is not like the first.
     """
     text, speech, _ = (find_part(paths[kind], kind).config for kind in (TEXT_ENCODER, SPEECH_ENCODER, VAE))
     dit = find_part(paths[DIT], DIT).config
     check_fit(dit, text["d_model"], speech["hidden_size"], speech["num_hidden_layers"] + 1)
+    if LOW_NOISE_DIT in paths:
+        check_pair(dit, find_part(paths[LOW_NOISE_DIT], DIT).config)
+
+
+def open_checkpoint(
+    checkpoint: str,
+    loading: LoadPlan,
+    offload: bool = True,
+    text_device: str | None = None,
+    noise_expert: str | None = None,
+) -> CheckpointNetworks:
+    """The networks of a checkpoint folder, found and checked but not loaded. Arguments as for CheckpointNetworks.
+
+    Args:
+        noise_expert: file or folder of a second DiT.
+    Raises:
+        CheckpointError, ConfigError: if a part is missing or does not fit the others.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
+    paths = dict.fromkeys(PART_LABELS, folder)
+    if noise_expert:
+        paths[LOW_NOISE_DIT] = Path(noise_expert)
+    check_parts(paths)
+    return CheckpointNetworks(paths, loading, offload, text_device)
 
 
 def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_layers: int) -> None:
@@ -109,6 +150,16 @@ def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_laye
     ):
         if given != wanted:
             raise CheckpointError(f"{what} {given}, the DiT reads {wanted}. Use the parts that came with the DiT.")
+
+
+def check_pair(high: S2VModelConfig, low: S2VModelConfig) -> None:
+    """Raises ConfigError unless the DiT for low noise is built like the one for high noise."""
+    names = [field.name for field in fields(high) if getattr(high, field.name) != getattr(low, field.name)]
+    if names:
+        told = ", ".join(f"{name} {getattr(high, name)} and {getattr(low, name)}" for name in names)
+        raise ConfigError(
+            f"the models for high and low noise differ in {told}. Use two that were trained as a pair, or one alone."
+        )
 
 
 def clip_keys(
@@ -170,20 +221,20 @@ class S2VPipeline:
         return self.networks.device
 
     @contextmanager
-    def network(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        """One network, for one stage.
+    def network(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        """One network, for one stage. `name`: as for `Networks.use`.
 
         Raises:
             OutOfMemory: if the stage does not fit.
         """
         self.check()
         try:
-            with self.networks.use(kind, working_bytes) as network, told(network, self.check):
+            with self.networks.use(name, working_bytes) as network, told(network, self.check):
                 yield network
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0] or "no reason given"
+            reason, kind = str(error).partition("\n")[0] or "no reason given", kind_of(name)
             raise OutOfMemory(
                 f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({reason}) "
                 f"{MEMORY_REMEDIES[kind]}, or close what else uses it."
@@ -220,38 +271,62 @@ class S2VPipeline:
 
         Args:
             on_step: called with the clip's task, step (from 1) and the clean latents it predicts; may raise to stop.
-            routing: how experts are used; None for a model without.
+            routing: how experts are used; None for models without.
             finished: clips of an earlier run with the same keys; only those behind them are made.
         """
         self.expert_load = ExpertLoad()
         if finished and len(finished.clip_frames) == conditioning.clips:
             return
         job, device = conditioning, self.device
-        height, width = (side // PIXELS_PER_LATENT for side in job.size_px)
         text, negative_text = job.text.to(device), job.negative_text.to(device)
 
         def sample(task: ClipTask) -> Tensor:
             inputs = self.clip_inputs(job, task, text)
-            tokens = (task.noise.shape[2] + 2) * height * width // PATCH**2  # picture and motion add about two frames
 
             def tell(step: int, clean: Tensor) -> None:
                 if on_step:
                     on_step(task, step, clean)
 
-            with self.network(DIT, forward_bytes(tokens)) as model:
-                set_routing(model, routing or ExpertRouting())
-                take_load(model)
-                latents = sample_clip(model, inputs, negative_text, task.noise, config, tell)
-                self.expert_load += take_load(model)
-                return latents
+            return self.denoise_clip(task.noise, inputs, negative_text, config, tell, routing)
 
-        shapes = ((1, LATENT_CHANNELS, frames // FRAMES_PER_LATENT, height, width) for frames in job.plan.clip_frames)
-        noises = (clip_noise(shape, config.seed, index, device, config.noise) for index, shape in enumerate(shapes))
+        noises = (noise_of(job, clip, config, device) for clip in range(job.clips))
         past, starts = job.video.motion_frames, job.video.starts_from_reference
         reference = job.reference.to(device)
         ways = (sample, self.encode, self.decode)
         for clip in generate_clips(*ways, reference, past, noises, starts, finished, config.colour_match):
             yield replace(clip, video=clip.video[:, :, : job.plan.shown(clip.index)])
+
+    def denoise_clip(
+        self,
+        noise: Tensor,
+        inputs: ClipInputs,
+        negative_text: Tensor,
+        config: SamplingConfig,
+        on_step: OnStep,
+        routing: ExpertRouting | None,
+    ) -> Tensor:
+        """Denoise one clip, with one DiT or a pair, of which the second is placed when the first has left."""
+
+        @contextmanager
+        def expert(name: str) -> Iterator[Denoiser]:
+            with self.network(name, sampling_bytes(noise)) as model:
+                set_routing(model, routing or ExpertRouting())
+                take_load(model)
+                yield clip_denoiser(model, inputs, negative_text, config)
+                self.expert_load += take_load(model)
+
+        names = (DIT,) if config.noise_boundary is None else (DIT, LOW_NOISE_DIT)
+        boundaries = () if config.noise_boundary is None else (config.noise_boundary,)
+        serving: list[Denoiser] = []
+        with ExitStack() as stack:
+
+            def switch(number: int) -> None:
+                serving.clear()  # what it has embedded is on the card
+                stack.close()
+                serving.append(stack.enter_context(expert(names[number])))
+
+            each = [lambda *step: serving[0](*step)] * len(names)
+            return denoise(noise_experts(boundaries, each, switch), noise, config, on_step)
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:
         """The voice, the pose and the past of one clip."""

@@ -17,7 +17,7 @@ from .acceleration.experts.split import apply_split, load_split, plan_split, sav
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import swap_linears
 from .config import ExpertRouting, S2VModelConfig, check_choice
-from .model.checkpoint import DIT, TEXT_ENCODER, VAE
+from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.loading import find_part
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,12 @@ class LoadPlan:
         """VAE and audio encoder stay in full precision, as in the reference."""
         return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
 
-    def concerning(self, kind: str) -> tuple:
-        """What of this plan makes another network of that kind."""
-        return self.dtype(kind), self.device, *((self.precision, self.split_experts) if kind == DIT else ())
+    def concerning(self, kind: str, path: str | Path) -> tuple:
+        """What of this plan makes another network of that kind, loaded from `path`."""
+        general = self.dtype(kind), self.device
+        if kind != DIT:
+            return general
+        return *general, self.precision, self.split_experts, split_stamp(Path(path), self.split_experts)
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]:
         """To be called on the network of that kind before it has weights."""
@@ -83,16 +86,16 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
 
     A split of experts that is still to be made has no file yet: after its first run, clips of that run do not match.
     """
-    parts = {kind: find_part(paths[kind], kind) for kind in (DIT, VAE)}
-    split = split_path(paths[DIT], loading.split_experts)
+    dits = [name for name in (DIT, LOW_NOISE_DIT) if name in paths]
+    parts = {name: find_part(paths[name], kind_of(name)) for name in (*dits, VAE)}
     return {
         "torch": torch.__version__,
         "device": loading.device.type,
         "float8": loading.precision.has_float8_weights,
-        "dtypes": {kind: str(loading.dtype(kind)) for kind in parts},
-        "files": {kind: [file_stamp(file) for file in part.weights.files] for kind, part in parts.items()},
+        "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
+        "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
         "dit": parts[DIT].config.to_dict(),
-        "split": [loading.split_experts, file_stamp(split) if loading.split_experts and split.exists() else None],
+        "split": [loading.split_experts, *(split_stamp(paths[name], loading.split_experts) for name in dits)],
     }
 
 
@@ -102,13 +105,25 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), facts.st_size, facts.st_mtime_ns
 
 
+def split_stamp(checkpoint: Path, experts: int) -> tuple[str, int, int] | None:
+    """Changes when a checkpoint is split into that many experts in another way; None before there is a file."""
+    file = split_path(checkpoint, experts)
+    return file_stamp(file) if experts and file.exists() else None
+
+
 def split_into_experts(model: nn.Module, checkpoint: Path, experts: int, device: torch.device) -> None:
     """Split the dense feed-forwards of a model as the file beside its checkpoint says, which is made if missing."""
     file = split_path(checkpoint, experts)
     if file.exists():
         apply_split(model, load_split(file))
         return
-    log.warning("%s is not there: neurons are grouped now, without calibration", file)
+    log.warning(
+        "%s is not there: neurons are grouped now, without calibration. With it, and with measured errors: "
+        "python -m wan_s2v_core split %s --experts %d --audio FILE --image FILE --overwrite",
+        file,
+        checkpoint,
+        experts,
+    )
     split = plan_split(model, experts, device=device)
     try:
         save_split(split, file)

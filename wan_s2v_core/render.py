@@ -13,14 +13,13 @@ from torch import Tensor
 from .conditioning.bundle import make_conditioning
 from .conditioning.image import read_picture, to_frames
 from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
-from .errors import CheckpointError
+from .errors import ConfigError
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
-from .memory import CheckpointNetworks
-from .model.checkpoint import DIT, PART_LABELS
+from .model.checkpoint import DIT
 from .model.loading import find_part
-from .pipeline import S2VPipeline, check_parts, clip_keys, usable_device
+from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
 from .prepare import AUTO, choose_routing, plan_loading
 from .sampling.clips import ClipTask
 
@@ -53,6 +52,8 @@ class RenderRequest(JsonConfig):
     keep_clips: bool = False
     split_experts: int = 0
     """Into so many experts the feed-forwards of a dense model are split."""
+    noise_expert: str | None = None
+    """File or folder of a second DiT, which serves where the noise is below the boundary of the sampling."""
 
     def __post_init__(self):
         plan_loading(self.precision, usable_device(self.device), self.split_experts)
@@ -93,6 +94,7 @@ def render(
         routing: how experts are used; a dense model has none and says so.
     """
     began, target = time.monotonic(), Path(request.save_file)
+    check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
     routing = routing or ExpertRouting()
     settings = {
@@ -107,7 +109,9 @@ def render(
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    networks = networks_of(request)
+    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts)
+    text_device = "cpu" if request.text_on_cpu else None
+    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert)
     pipeline = S2VPipeline(networks)
     usable = choose_routing(find_part(request.checkpoint, DIT).config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
@@ -142,19 +146,13 @@ def render(
     return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
 
 
-def networks_of(request: RenderRequest) -> CheckpointNetworks:
-    """The networks of a checkpoint folder, found and checked but not loaded.
-
-    Raises:
-        CheckpointError: if a part is missing or does not fit the others.
-    """
-    folder = Path(request.checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
-    paths = dict.fromkeys(PART_LABELS, folder)
-    check_parts(paths)
-    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts)
-    return CheckpointNetworks(paths, loading, request.offload, "cpu" if request.text_on_cpu else None)
+def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None:
+    """Raises ConfigError if there is a boundary without a second model, or a second model without a boundary."""
+    if (request.noise_expert is None) != (sampling.noise_boundary is None):
+        raise ConfigError(
+            f"noise_boundary={sampling.noise_boundary} with noise_expert={request.noise_expert}: a second model and "
+            "the noise level where it takes over go together. Give both, or neither."
+        )
 
 
 def clips_folder(target: Path) -> Path:

@@ -38,7 +38,7 @@ def test_medians_are_over_what_could_be_measured(evaluate):
 
 
 def test_every_setting_is_tried_on_every_scene_against_the_plain_one(evaluate):
-    plain, varied = evaluate.knob_tasks(2, evaluate.KNOBS)
+    plain, varied = evaluate.knob_tasks(2, evaluate.KNOBS, evaluate.PLAIN)
     assert len(varied) == 2 * sum(map(len, evaluate.KNOBS.values())) and len(plain) == 2
     assert {task.against for task in varied} == {task.name for task in plain}
     assert len({(task.name, task.scene) for task in varied}) == len(varied), "no file is written twice"

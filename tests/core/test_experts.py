@@ -32,11 +32,12 @@ from wan_s2v_core.acceleration.experts.router import (
     take_load,
 )
 from wan_s2v_core.acceleration.experts.split import (
+    TokenSample,
     apply_split,
     assign_balanced,
     load_split,
     plan_split,
-    recorded_tokens,
+    sampled_tokens,
     save_split,
     split_feed_forward,
     split_layer,
@@ -364,21 +365,48 @@ def test_groups_and_gate_find_structure_that_is_there(fresh_seed):
 def test_measured_errors_fall_to_nothing(make_model, make_inputs):
     model, (inputs, noise) = make_model(), make_inputs()
     condition = model.condition(inputs)
-    with recorded_tokens(model, 64) as seen:
+    with sampled_tokens(model, 128) as seen:
         expected = [model(noise, moment, condition) for moment in (900.0, 300.0)][1]
-    samples = [torch.cat(tokens) for tokens in seen]
-    assert len(samples) == TINY.blocks and all(80 <= len(tokens) <= 128 for tokens in samples)
+    assert torch.equal(model(noise, 300.0, condition), expected), "looking changes nothing"
+    samples = [sample.tokens for sample in seen]
+    assert [tokens.shape for tokens in samples] == [(128, TINY.width)] * TINY.blocks
     split = split_experts(model, 8, samples=samples)
     for layer in split.layers:
         assert layer.errors[-1] < 1e-6 and layer.errors[0] > layer.errors[4] > 0
     lines = str(split).splitlines()
-    assert len(lines) == 9 and lines[-1].split() == ["8", "0.0000", "0.0000"]
+    assert len(lines) == 9 and lines[-1].split() == ["8", "0.0%", "0.0%"]
+    half = sorted(float(layer.errors[3]) for layer in split.layers)
+    assert split.top_k_errors()[3] == pytest.approx((4, half[1], half[2])), "of three layers"
+    assert [float(part.rstrip("%")) / 100 for part in lines[4].split()[1:]] == pytest.approx(half[1:], abs=6e-4)
     errors = []
     for top_k in (8, 6, 2):
         set_routing(model, ExpertRouting(top_k=top_k))
         errors.append(float((model(noise, 300.0, condition) - expected).norm() / expected.norm()))
     assert errors[0] < 1e-5 < errors[1] < errors[2] < 1
     assert "not measured" in str(plan_split(make_model(), 2))
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 60), counts=st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_a_sample_holds_so_many_tokens_and_no_token_twice(size, counts):
+    """Whatever comes in whichever pieces; the numbers of the tokens stand for them."""
+    sample = TokenSample(size, torch.Generator().manual_seed(size))
+    for numbers in torch.arange(sum(counts), dtype=torch.float32).split(counts):
+        sample.show(numbers[None, :, None].expand(1, -1, 3))
+    assert sample.tokens.shape == (min(size, sum(counts)), 3) and sample.tokens.dtype == torch.bfloat16
+    kept = sample.tokens[:, 0].tolist()
+    assert len(set(kept)) == len(kept) and set(kept) <= set(range(sum(counts)))
+
+
+def test_a_sample_has_no_favourites(fresh_seed):
+    """Of tokens that come in four unequal pieces each is kept as often as another."""
+    generator, often = torch.Generator().manual_seed(fresh_seed), torch.zeros(100)
+    for _ in range(500):
+        sample = TokenSample(20, generator)
+        for numbers in torch.arange(100.0).split([10, 60, 5, 25]):
+            sample.show(numbers[:, None])
+        often[sample.tokens[:, 0].long()] += 1
+    assert often.sum() == 500 * 20 and (often - 100).abs().max() < 6 * (500 * 0.2 * 0.8) ** 0.5
 
 
 def test_split_of_8_bit_weights_keeps_them(make_model, make_inputs):

@@ -20,7 +20,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare"],
     ["pipeline"],
-    ["bench", "verify", "inspection", "render"],
+    ["bench", "verify", "inspection", "render", "calibrate"],
     ["cli"],
     ["__main__"],
 ]

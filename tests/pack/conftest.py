@@ -76,9 +76,20 @@ def comfy(start_comfy):
 @pytest.fixture(scope="session")
 def dense_checkpoint(comfy) -> str:
     """A model without experts, unlike the embedded one: random weights -> its name in the menus."""
-    folder = comfy.base / "models" / "diffusion_models" / "Dense"
-    subprocess.run([sys.executable, ROOT / "demo" / "tiny_checkpoint.py", folder], check=True, capture_output=True)
-    return "Dense (folder)"
+    return random_checkpoint(comfy, "Dense", 0)
+
+
+@pytest.fixture(scope="session")
+def second_checkpoint(comfy) -> str:
+    """As the dense one, with other random weights."""
+    return random_checkpoint(comfy, "Second", 1)
+
+
+def random_checkpoint(comfy, name: str, seed: int) -> str:
+    folder = comfy.base / "models" / "diffusion_models" / name
+    maker = [sys.executable, ROOT / "demo" / "tiny_checkpoint.py", folder, "--seed", str(seed)]
+    subprocess.run(maker, check=True, capture_output=True)
+    return f"{name} (folder)"
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,10 @@ OURS = {
     "seven experts": ({**DENSE, "split_experts": 7}, "split_experts=7 does not divide"),
     "more experts than it is split into": ({**DENSE, "split_experts": 8, "moe_top_k": 9}, "top_k=9 with 8 experts"),
     "more experts than there are": ({"moe_top_k": 9}, "top_k=9 with 8 experts"),
+    "a second model of other sizes": (
+        {"low_noise_model": ("WanS2VLoadModel", {"name": "Dense (folder)"})},
+        "the models for high and low noise differ in",
+    ),
     "experts that are split again": ({"split_experts": 4}, "has 8 experts already. Leave it at 0"),
     "unknown checkpoint": ({"checkpoint": "nope"}, "'nope' is not among the models"),
     "checkpoint in another folder": ({"checkpoint": "../../input"}, "'../../input' is not among the models"),

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 import wave
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +210,48 @@ def test_expert_settings_apply_where_there_are_experts(is_dense, graph, film, de
     fewer = film(graph(**common, moe_top_k=1))
     assert np.array_equal(plain.pictures, fewer.pictures) == is_dense
     assert comfy.log().count("Not applicable") == said + is_dense
+
+
+def test_a_pair_of_models_gives_the_video_of_the_command_line(
+    own, graph, film, comfy, inputs, dense_checkpoint, second_checkpoint, new_seed, watch, tmp_path
+):
+    """A step on each side of the boundary; with both on one side it is that model's video."""
+    folders, sources = comfy.base / "models" / "diffusion_models", comfy.base / "input"
+    seed, prompt = new_seed(), "A face talks."
+    common = own | {"seed": seed, "prompt": prompt, "checkpoint": dense_checkpoint, "steps": 2, "guidance_scale": 2.0}
+    common |= {"format": "lossless-mkv", "size_rule": "picture's aspect"}
+    second = ("WanS2VLoadModel", {"name": second_checkpoint})
+    plain = film(graph(**common))
+    mixed = film(graph(**common, low_noise_model=second))
+    alone = film(graph(**common, low_noise_model=second, noise_boundary=0.1))
+    assert np.array_equal(alone.pictures, plain.pictures) and not np.array_equal(mixed.pictures, plain.pictures)
+    words = {
+        "ckpt_dir": folders / "Dense", "noise_expert": folders / "Second", "noise_boundary": 0.9,
+        "audio": sources / inputs["LoadAudio"]["audio"], "audio_seconds": 1.0,
+        "image": sources / inputs["LoadImage"]["image"], "prompt": prompt, "size": "64*64", "infer_frames": 20,
+        "sample_steps": 2, "sample_guide_scale": 2.0, "base_seed": seed, "device": "cpu",
+        "save_file": tmp_path / "pair.mkv",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "wan_s2v_core", "generate"]
+    command += [word for flag, value in words.items() for word in (f"--{flag}", str(value))]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert np.array_equal(watch(tmp_path / "pair.mkv").pictures, mixed.pictures)
+
+
+def test_a_split_that_was_made_anew_is_loaded(graph, film, comfy, dense_checkpoint, new_seed):
+    """While the server has the model in memory with another split: the file beside it has changed."""
+    file = comfy.base / "models" / "diffusion_models" / "Dense" / "experts_4.safetensors"
+    common = {"checkpoint": dense_checkpoint, "split_experts": 4, "moe_top_k": 2, "format": "lossless-mkv"}
+    seed = new_seed()
+    first = film(graph(**common, seed=seed))
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        about = opened.metadata()
+    worst_first = {name: -value if name.endswith((".readout", ".offset")) else value for name, value in tensors.items()}
+    save_file(worst_first, file, about)
+    film(graph(**common, seed=new_seed()))  # the first one's result is in ComfyUI's cache
+    again = film(graph(**common, seed=seed))
+    assert not np.array_equal(again.pictures, first.pictures)
 
 
 def test_start_from_picture_begins_with_it(own, graph, run, comfy, watch, new_seed):

@@ -414,6 +414,15 @@ def find_scale(entries: Mapping[str, WeightEntry], name: str) -> WeightEntry | N
 # --- telling files apart -----------------------------------------------------------------------------------------
 
 DIT, VAE, TEXT_ENCODER, SPEECH_ENCODER = "dit", "vae", "text_encoder", "audio_encoder"
+LOW_NOISE_DIT = "low_noise_dit"
+"""In a run, besides the kinds: the second DiT of a pair, for steps of low noise."""
+
+
+def kind_of(name: str) -> str:
+    """What kind of network one is that has a name in a run."""
+    return DIT if name == LOW_NOISE_DIT else name
+
+
 PART_LABELS = {
     DIT: "S2V DiT",
     VAE: "Wan 2.1 VAE",

@@ -52,7 +52,8 @@ def check_routing(config: S2VModelConfig, routing: ExpertRouting, split: int = 0
     """
     if split and config.num_experts:
         raise ConfigError(
-            f"split_experts={split}: this checkpoint has {config.num_experts} experts already. Leave it at 0."
+            f"split_experts={split}: this checkpoint has {config.num_experts} experts already. Leave it at 0: only a "
+            "dense one can be split."
         )
     if split:
         check_split(config.feed_forward_width, split, shared)
