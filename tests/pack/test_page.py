@@ -3,7 +3,8 @@ what a newcomer does.
 
 python3 dev/run.py test sets what it needs where it finds Chromium: CHROMIUM, NODE, PLAYWRIGHT_DIR (the folder of
 playwright-core) and FRONTEND_ROOT (static/ of a newer comfyui_frontend_package than the one that ComfyUI came with).
-Without them it is skipped; REQUIRE_BROWSER turns that into a failure. SCREENSHOTS names a folder to keep pictures in.
+Without them it is skipped; REQUIRE_BROWSER turns that into a failure. SCREENSHOTS names a folder to keep pictures in;
+for those of the docs the voice of the first video is longer (VOICE_SECONDS).
 
 The newer frontend has most of it, in both kinds of nodes, since that is what an update brings to everybody; ComfyUI's
 own opens every graph and runs the demo, in English and with classic nodes.
@@ -30,7 +31,7 @@ GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 DEMO = ROOT / "workflows" / "demo.json"
 OWN, NEWER = "own", "newer"
 """Frontends: ComfyUI's own, and that of FRONTEND_ROOT."""
-VOICE_SECONDS = 6.0 if os.environ.get("SCREENSHOTS") else 0.75
+VOICE_SECONDS = float(os.environ.get("VOICE_SECONDS", 0.75))
 """Of the newcomer's recording: two clips where they are to be looked at, else a short one."""
 
 
