@@ -163,8 +163,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def record_of(options: argparse.Namespace) -> dict:
-    """What a trainer was told, and what the one before it left that this one goes on from."""
-    record = {"options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}}
+    """What a trainer was told, but for where it writes, and what the one before it left that this one goes on from."""
+    told = {name: value for name, value in vars(options).items() if name != "out"}
+    record = {"options": {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}}
     before = options.resume and options.resume.with_suffix(".json")
     if before and before.is_file():
         record["resumed"] = json.loads(before.read_text(encoding="utf-8"))
