@@ -291,15 +291,18 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def judge_clips(options: argparse.Namespace, place: Place) -> dict[str, Any]:
     """Kinds that an earlier call has judged in the same folder stay."""
-    before = options.out / "clips.json"
-    groups = json.loads(before.read_text(encoding="utf-8"))["results"] if before.exists() else {}
+    file = options.out / "clips.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    groups, settings = before.get("results", {}), before.get("settings")
+    if MADE in options.kinds:
+        settings = {**DEMO_SETTINGS, **options.settings}
     results = run_all(clip_tasks(options), place, options.workers)
     groups |= {name: [r for r in results if r["name"] == name] for name in dict.fromkeys(r["name"] for r in results)}
     for kind in options.kinds:
         sheet(options.out / f"{kind}.png", [place.folder / f"{kind}_{n:02d}.mp4" for n in range(min(8, options.count))])
         sheet(options.out / f"long_{kind}.png", [place.folder / f"long_{kind}_00.mp4"], 12)
     return {
-        "settings": {**DEMO_SETTINGS, **options.settings},
+        "settings": settings,
         "summary": {name: summary(found) for name, found in groups.items()},
         "bounds": bounds([*groups.get(CODED, []), *groups.get(f"long_{CODED}", [])]),
         "results": groups,

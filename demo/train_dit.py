@@ -20,7 +20,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -140,6 +140,15 @@ def initialize(model: S2VTransformer) -> None:
         injector.attention.out.weight *= 0.1
         if hasattr(injector, "modulation"):
             injector.modulation.weight.zero_()
+
+
+def start_model(config: S2VModelConfig, resumed: Path | None) -> S2VTransformer:
+    """A new model, or the one that an earlier training wrote."""
+    model = S2VTransformer(config)
+    initialize(model)
+    if resumed:
+        model.load_state_dict({name: value.float() for name, value in load_weights(resumed).items()})
+    return model
 
 
 def block_matrices(model: S2VTransformer) -> list[nn.Parameter]:
@@ -337,6 +346,11 @@ class ClipBuffer:
     def __len__(self) -> int:
         return sum(map(len, self.clips.values()))
 
+    def take(self, maker: ClipMaker, scenes: Iterable[DrawnScene]) -> None:
+        for scene in scenes:
+            for kind, clip in maker.clips(scene):
+                self.add(kind, clip)
+
     def add(self, kind: str, clip: TrainingClip) -> None:
         kept = self.clips[kind]
         if len(kept) < self.size * KINDS[kind]:
@@ -425,6 +439,17 @@ def flow_loss(
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+def scene_settings(options: argparse.Namespace) -> SceneSettings:
+    return SceneSettings(
+        str(options.voices),
+        options.clip_frames + options.motion_frames,
+        lead=FIRST_CLIP_SKIP,
+        size_px=options.size,
+        supersample=options.supersample,
+        pose_share=options.pose_share,
+    )
+
+
 def train(options: argparse.Namespace) -> dict:
     """Train and write -> the log."""
     record = record_of(options)  # before anything is written over
@@ -438,22 +463,13 @@ def train(options: argparse.Namespace) -> dict:
         torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     rng = np.random.default_rng([options.seed, ranks.rank])
-    settings = SceneSettings(
-        str(options.voices),
-        options.clip_frames + options.motion_frames,
-        lead=FIRST_CLIP_SKIP,
-        size_px=options.size,
-        supersample=options.supersample,
-        pose_share=options.pose_share,
+    feed = SceneFeed(
+        scene_settings(options), options.workers, options.first_seed + ranks.rank * options.workers * SEEDS_PER_WORKER
     )
-    feed = SceneFeed(settings, options.workers, options.first_seed + ranks.rank * options.workers * SEEDS_PER_WORKER)
     encoders = Encoders(options.out, device, options.text_seed)
     speech = encoders.speech_settings
     config = make_config(options, speech["hidden_size"], speech["num_hidden_layers"] + 1)
-    model = S2VTransformer(config).to(device)
-    initialize(model)
-    if options.resume:
-        model.load_state_dict({name: value.float() for name, value in load_weights(options.resume).items()})
+    model = start_model(config, options.resume).to(device)
     torch.manual_seed(options.seed + ranks.rank)
     prepare_training(model.train(), options.gate_dropout)
     average = AveragedWeights(model, options.average)
@@ -466,9 +482,7 @@ def train(options: argparse.Namespace) -> dict:
     negative = encoders.text(DEFAULT_NEGATIVE_PROMPT)
     maker, buffer = ClipMaker(encoders, options, rng), ClipBuffer(options.buffer)
     while len(buffer) < options.first_clips:
-        for scene in feed.wait():
-            for kind, clip in maker.clips(scene):
-                buffer.add(kind, clip)
+        buffer.take(maker, feed.wait())
     box, losses, step, samples, latent_frames = TimeBox(options.minutes), [], 0, 0, 0
     lengths = [length for length in LENGTHS if FRAMES_PER_LATENT * length <= options.clip_frames]
     shares = np.array([LENGTHS[length] for length in lengths])
@@ -476,9 +490,7 @@ def train(options: argparse.Namespace) -> dict:
     count = sum(value.numel() for value in parameters)
     print(f"{count} parameters, {len(buffer)} clips, {config.to_dict()}", flush=True)
     while (share := ranks.agreed(box.share)) < 1.0 and step < options.steps:
-        for scene in feed.arrived(step % options.encode_every == 0):
-            for kind, clip in maker.clips(scene):
-                buffer.add(kind, clip)
+        buffer.take(maker, feed.arrived(step % options.encode_every == 0))
         frames = lengths[rng.choice(len(lengths), p=shares / shares.sum())]
         inputs, clean, boxes = buffer.sample(options.batch * (max(lengths) // frames), frames, rng)
         inputs = drop_conditions(inputs, negative, rng)
@@ -556,8 +568,8 @@ class NetworksInMemory:
         self.networks, self.device = networks, device
 
     @contextmanager
-    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        yield self.networks[kind]
+    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+        yield self.networks[name]
 
 
 INSIDE_OF_MOUTH = (86, 24, 30)
