@@ -38,7 +38,6 @@ from ..wan_s2v_core.sampling.preview import colour_factors
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = DEMO
 OFFICIAL = " (folder)"
 """Ends the name of a folder in the official layout, so that it cannot be taken for a file."""
 MODEL_FOLDERS = {
@@ -64,19 +63,19 @@ def model_choices(kind: str) -> list[str]:
     names = [name.replace("\\", "/") for name in folder_paths.get_filename_list(MODEL_FOLDERS[kind])]
     files = [name for name in names if not name.startswith(inside)]
     likely = [name for name in files if "s2v" in name.lower()] if kind == DIT else []
-    return [*folders, *likely, EMBEDDED, *(name for name in files if name not in likely)]
+    return [*folders, *likely, DEMO, *(name for name in files if name not in likely)]
 
 
 def checkpoint_choices() -> list[str]:
     """Whole checkpoints."""
-    return [*official_folders(), EMBEDDED]
+    return [*official_folders(), DEMO]
 
 
 def input_choices(*kinds: str) -> list[str]:
     """Files in ComfyUI's input folder of the kinds image, audio and video, and what comes with the pack."""
     root = Path(folder_paths.get_input_directory())
     names = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
-    return [*sorted(folder_paths.filter_files_content_types(names, list(kinds))), EMBEDDED]
+    return [*sorted(folder_paths.filter_files_content_types(names, list(kinds))), DEMO]
 
 
 def find_input(name: str) -> Path:
@@ -101,7 +100,7 @@ def find_model(kind: str, name: Any) -> ModelRecipe:
     Raises:
         ConfigError: if it is none of them.
     """
-    if name == EMBEDDED:
+    if name == DEMO:
         return ModelRecipe(kind, str(embedded(CHECKPOINT)))
     if folder := official_folders().get(str(name)):
         return ModelRecipe(kind, str(folder))

@@ -141,7 +141,7 @@ def settled(checkpoint: str, preset: str, size: str) -> tuple[str, tuple[int, in
     Raises:
         ConfigError: if there is none of that name.
     """
-    is_demo = checkpoint == bridge.EMBEDDED
+    is_demo = checkpoint == DEMO
     if size == AUTO:
         size = DEMO_SIZE if is_demo else DEFAULT_SIZE
     check_choice("size", size, VIDEO_SIZES)
