@@ -1,0 +1,190 @@
+"""Our attention kernels for Hopper cards: exact in 16 bits, and in 8 bits.
+
+They are CUDA C++ (hopper16.cu, hopper8.cu), compiled at first use by the NVRTC that comes with torch and kept in
+Triton's cache, so that the next process does not compile them again.
+"""
+
+import ctypes
+import hashlib
+import logging
+import math
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+HEADER = "hopper.cuh"
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--use_fast_math", "-default-device")
+TILE, THREADS, BARRIER_BYTES, ALIGNMENT = 128, 384, 256, 1024
+DENSE_KEYS = 176
+"""Keys of a tile where all are seen: fewer rounds, and all the registers there are."""
+SHARED_BYTES = {
+    "attend8": (2 * 4 * (TILE * TILE + 1024) + TILE * TILE) + BARRIER_BYTES + ALIGNMENT,
+    "attend16": 2 * (2 * 3 * TILE + TILE) * TILE + BARRIER_BYTES + ALIGNMENT,
+}
+SOURCES = {"attend8": "hopper8.cu", "attend16": "hopper16.cu"}
+SCORE_SCALE = math.log2(math.e) / math.sqrt(TILE)
+"""Scores become powers of two."""
+
+
+DEFINED = ()
+
+
+def check(result: tuple) -> tuple:
+    """What a call of CUDA returned behind its error code.
+
+    Raises:
+        BackendUnavailable: if it failed.
+    """
+    if result[0]:
+        raise BackendUnavailable(f"CUDA answered {result[0]!r}. Choose attention sdpa, or renew driver and torch.")
+    return result[1:]
+
+
+def compile_source(name: str, options: tuple[str, ...]) -> bytes:
+    """CUDA C++ -> machine code.
+
+    Raises:
+        BackendUnavailable: if it does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    source, header = ((FOLDER / file).read_bytes() for file in (SOURCES[name], HEADER))
+    (program,) = check(nvrtc.nvrtcCreateProgram(source, SOURCES[name].encode(), 1, [header], [HEADER.encode()]))
+    (failure,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if failure:
+        (size,) = check(nvrtc.nvrtcGetProgramLogSize(program))
+        text = b" " * size
+        check(nvrtc.nvrtcGetProgramLog(program, text))
+        raise BackendUnavailable(
+            f"{SOURCES[name]} does not compile here: {text.decode(errors='replace').strip()} Choose attention sdpa."
+        )
+    (size,) = check(nvrtc.nvrtcGetCUBINSize(program))
+    code = b" " * size
+    check(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+@lru_cache(maxsize=None)
+def machine_code(name: str, *defined: str) -> bytes:
+    """Of a kernel, compiled with these names defined; from Triton's cache where it has been compiled before."""
+    from triton.runtime.cache import get_cache_manager
+
+    options = (*OPTIONS, *(f"-D{one}" for one in defined))
+    sources = [(FOLDER / file).read_text(encoding="utf-8") for file in (SOURCES[name], HEADER)]
+    cache = get_cache_manager(hashlib.sha256(repr((sources, options)).encode()).hexdigest())
+    if found := cache.get_file(f"{name}.cubin"):
+        return Path(found).read_bytes()
+    began = time.monotonic()
+    code = compile_source(name, options)
+    log.info("%s compiled in %.1f s; the next process finds it in %s", name, time.monotonic() - began, "Triton's cache")
+    cache.put(code, f"{name}.cubin", binary=True)
+    return code
+
+
+@lru_cache(maxsize=None)
+def kernel(device: int, name: str, *defined: str):
+    """A kernel, loaded onto a card."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+        (module,) = check(driver.cuModuleLoadData(machine_code(name, *defined)))
+        (function,) = check(driver.cuModuleGetFunction(module, name.encode()))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(function, attribute, SHARED_BYTES[name]))
+    return function
+
+
+def pointer(tensor: Tensor | None) -> tuple:
+    return (0 if tensor is None else tensor.data_ptr()), ctypes.c_void_p
+
+
+def launch(name: str, out: Tensor, arguments: list[tuple], *defined: str) -> None:
+    """Run a kernel that makes `out`, B L N 128. arguments: (value, type) of all but the last, which say where out is."""
+    from cuda.bindings import driver
+
+    batch, queries, heads, _ = out.shape
+    strides = [(stride, ctypes.c_longlong) for stride in out.stride()[:3]]
+    values, kinds = zip(*arguments, (heads, ctypes.c_int), *((strides[axis]) for axis in range(3)), strict=True)
+    grid = (-(-queries // TILE), batch * heads, 1)
+    function, shared = kernel(out.device.index or 0, name, *defined), SHARED_BYTES[name]
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    check(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, shared, stream, (values, kinds), 0))
+
+
+def tensor_map(x: Tensor, tokens_at_once: int = TILE):
+    """What the copy engine has to know of B L N 128 to fetch 64 channels of some tokens of a head."""
+    from cuda.bindings import driver
+
+    batch, tokens, heads, width = x.shape
+    size = x.element_size()
+    strides = (x.stride(2), x.stride(1), x.stride(0) if batch > 1 else x.stride(1) * tokens)
+    kinds, none = driver.CUtensorMapDataType, driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
+    kind = "FLOAT16" if x.dtype == torch.float16 else "BFLOAT16"
+    made = driver.cuTensorMapEncodeTiled(
+        getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
+        4,
+        x.data_ptr(),
+        [driver.cuuint64_t(side) for side in (width, heads, tokens, batch)],
+        [driver.cuuint64_t(stride * size) for stride in strides],
+        [driver.cuuint32_t(side) for side in (64, 1, tokens_at_once, 1)],
+        [driver.cuuint32_t(1)] * 4,
+        none,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return check(made)[0]
+
+
+def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """Exact attention of bfloat16 or float16. B L N 128 -> the same.
+
+    Args:
+        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees, in rising order.
+        counts: B*N tiles(q), int32: how many of them.
+    """
+    q, k, v = (x if is_aligned(x) else x.contiguous() for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    keys = TILE if listed is not None else DENSE_KEYS
+    arguments = [
+        (tensor_map(q), None),
+        *((tensor_map(x, keys), None) for x in (k, v)),
+        *(pointer(x) for x in (out, listed, counts)),
+        (SCORE_SCALE, ctypes.c_float),
+        *((x.shape[1], ctypes.c_int) for x in (q, k)),
+    ]
+    launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []), *DEFINED)
+    return out
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether the copy engine can read it as it lies."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(x.stride(axis) % 8 == 0 for axis in range(3))
+
+
+def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """Attention in 8 bits of bfloat16 or float32 values. B L N 128 -> B L N 128 in bfloat16. Lists as for attend16."""
+    from .tiles import key_tiles, query_tiles, value_tiles
+
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    parts = (*query_tiles(q), key_tiles(k), *value_tiles(v))
+    attend_tiles(*parts, out=out, keys=k.shape[1], listed=listed, counts=counts)
+    return out
+
+
+def attend_tiles(
+    q: Tensor, q_scale: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out: Tensor, keys: int,
+    listed: Tensor | None = None, counts: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same for values that are tiles already (see tiles.py), into `out`."""
+    tensors = [pointer(x) for x in (q, q_scale, k, v, v_scale, out, listed, counts)]
+    launch("attend8", out, [*tensors, (out.shape[1], ctypes.c_int), (keys, ctypes.c_int)], *DEFINED)

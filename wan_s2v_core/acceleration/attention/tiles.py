@@ -1,0 +1,166 @@
+"""Queries, keys and values in 8 bits, as tiles that lie in memory as Hopper's tensor cores read them.
+
+A tile is 128 rows of 128 bytes. In row r the 16-byte chunk c lies at place c ^ (r % 8), the card's 128-byte swizzle, so
+a tile gets into shared memory as one copy. Queries and keys are int8, a row a token. Values are e4m3 and a row is a
+channel; of each 16 tokens in a row, the order is the one in which the accumulator of a product holds its columns, so
+that probabilities enter the next product from the registers they are in.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 128
+KEY_TILE_BYTES = TILE * TILE + 16
+FAINTEST = 1e-18
+"""Scales are no smaller: a score of minus infinity times a scale of zero would be NaN."""
+LARGEST_INT8, LARGEST_E4M3 = 127.0, 448.0
+MEAN_STRIDE = 16
+"""Every so many tokens are looked at for the mean of the keys. What is subtracted need not be the exact mean: any vector
+leaves softmax as it is, since it adds the same to all scores of a query."""
+TOKENS_AT_ONCE = 1024
+
+
+@triton.jit
+def _swizzled(rows, columns):
+    return rows * 128 + (((columns // 16) ^ (rows % 8)) * 16) + columns % 16
+
+
+@triton.jit
+def _rows_kernel(
+    x, mean, out, scales, tokens, batch_stride, token_stride, head_stride, heads, factor,
+    HAS_MEAN: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr, FAINTEST: tl.constexpr,
+):  # fmt: skip
+    tile, head, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    rows, columns = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    start = x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+    token = tile * TILE + rows
+    there = token < tokens
+    value = tl.load(start + token.to(tl.int64) * token_stride + columns, mask=there, other=0.0).to(tl.float32)
+    if HAS_MEAN:
+        value = tl.where(there, value - tl.load(mean + head * TILE + columns), 0.0)
+    number = head.to(tl.int64) * tiles + tile
+    scale = tl.max(tl.abs(value), 1)[:, None] / 127.0
+    if PER_ROW:
+        scale = tl.where(scale < FAINTEST, FAINTEST, scale)  # not maximum(), which would lose NaN
+        tl.store(scales + number * TILE + rows, scale * factor)
+    else:
+        scale = tl.max(scale, 0)[:, None]
+        scale = tl.where(scale < FAINTEST, FAINTEST, scale)
+        tl.store(scales + number * (BYTES // 4) + TILE * TILE // 4 + tl.arange(0, 1)[:, None], scale * factor)
+    rounded = tl.floor(value / scale + 0.5).to(tl.int8)
+    tl.store(out + number * BYTES + _swizzled(rows, columns), rounded)
+
+
+@triton.jit
+def _largest_kernel(
+    x, largest, tokens, batch_stride, token_stride, head_stride, heads, TILE: tl.constexpr, TOKENS: tl.constexpr
+):
+    part, head, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    columns = tl.arange(0, TILE)
+    start = x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+    most = tl.zeros([TILE], tl.float32)
+    for step in range(0, TOKENS, TILE):
+        rows = part * TOKENS + step + tl.arange(0, TILE)
+        where = rows[:, None].to(tl.int64) * token_stride + columns[None, :]
+        value = tl.load(start + where, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(value), 0))
+    tl.store(largest + (head * parts + part) * TILE + columns, most)
+
+
+@triton.jit
+def _values_kernel(x, scales, out, tokens, batch_stride, token_stride, head_stride, heads, TILE: tl.constexpr):
+    tile, head, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    quads, columns = tl.arange(0, TILE // 4)[:, None], tl.arange(0, TILE)[None, :]
+    start = x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+    scale = tl.load(scales + head * TILE + columns)
+    scale = tl.where(scale < 1e-30, 1.0, scale)
+    first = tile * TILE + quads // 4 * 16 + quads % 4 * 2  # the four tokens of 4 bytes: this and 1, 8 and 9 on
+    packed = tl.zeros([TILE // 4, TILE], tl.int32)
+    for byte in tl.static_range(4):
+        token = first + byte // 2 * 8 + byte % 2
+        value = tl.load(start + token.to(tl.int64) * token_stride + columns, mask=token < tokens, other=0.0)
+        value = (value.to(tl.float32) / scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        packed |= value.to(tl.int32) << (8 * byte)
+    channel, quad = tl.arange(0, TILE)[:, None], tl.arange(0, TILE // 4)[None, :]
+    place = channel * (TILE // 4) + ((quad // 4) ^ (channel % 8)) * 4 + quad % 4
+    number = head.to(tl.int64) * tiles + tile
+    tl.store(out + number * (TILE * TILE // 4) + place, tl.trans(packed))
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int]:
+    """B L N D -> strides of batch, token and head, and the number of heads."""
+    assert x.shape[-1] == TILE and x.stride(-1) == 1
+    return x.stride(0), x.stride(1), x.stride(2), x.shape[2]
+
+
+def tiles_of(tokens: int) -> int:
+    return -(-tokens // TILE)
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """About the mean of every channel of every head over the tokens. B L N 128 -> B*N 128, float32."""
+    return x[:, ::MEAN_STRIDE].mean(dim=1, dtype=torch.float32).flatten(0, 1)
+
+
+def _rows(x: Tensor, out: Tensor, scales: Tensor, mean: Tensor | None, factor: float, per_row: bool) -> None:
+    batch, tokens, heads, _ = x.shape
+    _rows_kernel[(tiles_of(tokens), batch * heads)](
+        x, mean, out, scales, tokens, *_layout(x), factor,
+        HAS_MEAN=mean is not None, PER_ROW=per_row, TILE=TILE, BYTES=out.shape[-1], FAINTEST=FAINTEST, num_warps=8,
+    )  # fmt: skip
+
+
+def query_tiles(q: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 tiles of queries, and a scale for each of them that makes scores powers of two.
+
+    Args:
+        q: B L N 128.
+    Returns:
+        B*N tiles 16384 int8, and B*N tiles 128 float32.
+    """
+    heads, tiles = q.shape[0] * q.shape[2], tiles_of(q.shape[1])
+    out = torch.empty(heads, tiles, TILE * TILE, device=q.device, dtype=torch.int8)
+    scales = torch.empty(heads, tiles, TILE, device=q.device)
+    _rows(q, out, scales, None, math.log2(math.e) / math.sqrt(TILE), per_row=True)
+    return out, scales
+
+
+def key_tiles(k: Tensor) -> Tensor:
+    """int8 tiles of keys less their mean, each followed by its float32 scale in 16 bytes. B L N 128 -> B*N tiles 16400."""
+    heads, tiles = k.shape[0] * k.shape[2], tiles_of(k.shape[1])
+    out = torch.empty(heads, tiles, KEY_TILE_BYTES, device=k.device, dtype=torch.int8)
+    _rows(k, out, out.view(torch.float32), channel_means(k), 1.0, per_row=False)
+    return out
+
+
+def value_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 tiles of channels, and the scale of each channel. B L N 128 -> B*N tiles 16384, and B*N 128 float32."""
+    batch, tokens, heads, _ = x.shape
+    tiles, all_heads, parts = tiles_of(tokens), batch * heads, -(-tokens // TOKENS_AT_ONCE)
+    largest = torch.empty(all_heads, parts, TILE, device=x.device)
+    _largest_kernel[(parts, all_heads)](
+        x, largest, tokens, *_layout(x), TILE=TILE, TOKENS=TOKENS_AT_ONCE, num_warps=8
+    )
+    scales = largest.amax(dim=1) / LARGEST_E4M3
+    out = torch.empty(all_heads, tiles, TILE * TILE, device=x.device, dtype=torch.float8_e4m3fn)
+    words = out.view(torch.int32)
+    _values_kernel[(tiles, all_heads)](x, scales, words, tokens, *_layout(x), TILE=TILE, num_warps=4)
+    return out, scales
+
+
+def unswizzle(tiles: Tensor) -> Tensor:
+    """Tiles as rows of 128: ... 16384 -> ... 128 128."""
+    rows, columns = torch.arange(TILE)[:, None], torch.arange(TILE)[None]
+    places = rows * TILE + ((columns // 16) ^ (rows % 8)) * 16 + columns % 16
+    return tiles[..., places.to(tiles.device)]
+
+
+def token_places() -> Tensor:
+    """Where in a row of a value tile each of its 128 tokens lies."""
+    token = torch.arange(TILE)
+    within = token % 16
+    return token - within + (within % 8) // 2 * 4 + within // 8 * 2 + within % 2
