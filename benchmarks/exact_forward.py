@@ -1,18 +1,17 @@
-"""One exact second-clip forward of the 14B model at real size: time, memory and error, beside its peer and ceilings.
+"""One exact second-clip forward of the 14B model at real size: its error, and its time beside ComfyUI's.
 
     python benchmarks/exact_forward.py [--comfyui DIR] [--sizes 832x480 1280x704] [--out FOLDER]
 
 Random weights. `--comfyui` names a ComfyUI checkout, whose native S2V port then runs on the same weights in turn
 with ours. The error is against float32 at the first size, beside the same model under the reference's precision
-rules. Needs a CUDA card with 140 GB for the error (`--skip-error` otherwise: 48 GB).
+rules. Needs a CUDA card with 140 GB for the error (`--skip-error` otherwise: 48 GB). Time against the card's ceilings,
+other precisions and other parts: `python -m wan_s2v_core bench`.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,55 +21,17 @@ from torch.nn.attention import sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_s2v_core.bench.random_weights import fill_random  # noqa: E402
+from wan_s2v_core.bench.engine import AccelerationPlan, build_short_dit, make_inputs, with_blocks  # noqa: E402
+from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
+from wan_s2v_core.bench.measure import interleaved, read_commit, relative_l2  # noqa: E402
 from wan_s2v_core.config import S2VModelConfig  # noqa: E402
-from wan_s2v_core.model.attention import EXACT_BACKENDS, sdpa  # noqa: E402
+from wan_s2v_core.model.attention import EXACT_BACKENDS  # noqa: E402
 from wan_s2v_core.model.block import Pointwise  # noqa: E402
 from wan_s2v_core.model.checkpoint import dit_name  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer  # noqa: E402
 
-RUNS, TIMESTEP, SEED = 5, 723.0, 7
-LATENT_FRAMES, MOTION_LATENTS, MOTION_FRAMES = 20, 19, 73
-
-
-def make_inputs(config: S2VModelConfig, width_px: int, height_px: int) -> tuple[ClipInputs, torch.Tensor]:
-    """Random inputs of a second clip, and its noise."""
-    generator = torch.Generator("cuda").manual_seed(SEED)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, device="cuda").bfloat16().float()
-
-    h, w = height_px // 8, width_px // 8
-    inputs = ClipInputs(
-        reference_latents=normal(1, 16, 1, h, w),
-        motion_latents=normal(1, 16, MOTION_LATENTS, h, w),
-        pose_latents=normal(1, 16, LATENT_FRAMES, h, w),
-        audio=normal(1, config.audio_layers, config.audio_width, 4 * LATENT_FRAMES),
-        text=normal(1, 100, config.text_width),
-        motion_frames=MOTION_FRAMES,
-    )
-    return inputs, normal(1, 16, LATENT_FRAMES, h, w)
-
-
-def milliseconds(call) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def interleaved(calls: dict, runs: int = RUNS) -> dict[str, list[float]]:
-    """Each call in turn, `runs` times after one warm-up."""
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
-    times = {name: [] for name in calls}
-    for _ in range(runs):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call))
-    return times
+RUNS, TIMESTEP = 5, 723.0
+CARD, EXACT = torch.device("cuda"), AccelerationPlan()
 
 
 def peak_bytes(call) -> int:
@@ -81,43 +42,6 @@ def peak_bytes(call) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def ceilings(config: S2VModelConfig, tokens: int) -> dict[str, float]:
-    """TFLOP/s of this card at this size: the products of a block, and exact attention."""
-    e, f = config.width, config.feed_forward_width
-    rates = {}
-    for name, (inner, outer) in {"square": (e, e), "up": (e, f), "down": (f, e)}.items():
-        a = torch.randn(tokens, inner, device="cuda", dtype=torch.bfloat16)
-        b = torch.randn(outer, inner, device="cuda", dtype=torch.bfloat16)
-        ms = statistics.median(interleaved({name: lambda a=a, b=b: F.linear(a, b)}, 10)[name])
-        rates[f"gemm_{name}"] = 2 * tokens * inner * outer / ms / 1e9
-        del a, b
-    q, k, v = (
-        torch.randn(1, tokens, config.heads, config.head_width, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )
-    ms = statistics.median(interleaved({"attention": lambda: sdpa(q, k, v, None)})["attention"])
-    rates["attention"] = 4 * tokens**2 * e / ms / 1e9
-    return rates
-
-
-def profile(call) -> dict[str, float]:
-    """Milliseconds of one call by kind of kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    with torch_profile(activities=[ProfilerActivity.CUDA]) as record:
-        call()
-        torch.cuda.synchronize()
-    split, top = {"attention": 0.0, "linears": 0.0, "other": 0.0}, {}
-    for event in record.key_averages():
-        name, ms = event.key, event.self_device_time_total / 1e3
-        low = name.lower()
-        is_attention = any(part in low for part in ("sdpa", "flash", "fmha", "attention"))
-        kind = "attention" if is_attention else "linears" if "gemm" in low or "nvjet" in low else "other"
-        split[kind] += ms
-        top[name[:110]] = ms
-    return split | {"top": dict(sorted(top.items(), key=lambda item: -item[1])[:12])}
 
 
 class ReferenceRMSNorm(torch.nn.Module):
@@ -167,30 +91,20 @@ def under_reference_rules(model: S2VTransformer, forward):
         return forward(model)
 
 
-def relative_l2(value, reference) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
-
-
-def measure_error(config: S2VModelConfig, width_px: int, height_px: int) -> dict[str, float]:
+def measure_error(config: S2VModelConfig, shape: ForwardShape) -> dict[str, float]:
     """Relative L2 to float32 of our bfloat16 model and of the reference's precision rules, same weights and inputs."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    inputs, noise = make_inputs(config, width_px, height_px)
+    inputs, noise = make_inputs(config, shape, CARD)
 
     def forward(model):
         return model(noise, TIMESTEP, model.condition(inputs))
 
-    def build(dtype):
-        with torch.device("meta"):
-            model = S2VTransformer(config)
-        fill_random(model, SEED, dtype, "cuda")
-        return model
-
-    model = build(torch.float32)
+    model = build_short_dit(config, "float32", EXACT, CARD)
     exact = forward(model)
     by_rules = under_reference_rules(model, forward)
     del model
     torch.cuda.empty_cache()
-    ours = forward(build(torch.bfloat16))
+    ours = forward(build_short_dit(config, "bfloat16", EXACT, CARD))
     errors = {"ours": relative_l2(ours, exact), "reference_rules": relative_l2(by_rules, exact)}
     return errors | {"ratio": errors["ours"] / errors["reference_rules"], "output_std": float(exact.std())}
 
@@ -227,38 +141,23 @@ def comfyui_forward(checkout: Path, model: S2VTransformer, config: S2VModelConfi
     return forward
 
 
-def measure_size(model: S2VTransformer, width_px: int, height_px: int, comfyui: Path | None) -> dict:
-    config = model.config
-    inputs, noise = make_inputs(config, width_px, height_px)
+def measure_size(model: S2VTransformer, shape: ForwardShape, comfyui: Path | None) -> dict:
+    inputs, noise = make_inputs(model.config, shape, CARD)
     condition = model.condition(inputs)
-    tokens = condition.rope.shape[0]
-    noisy_tokens = condition.frame_index.shape[0]
     calls = {"ours": lambda: model(noise, TIMESTEP, condition)}
     if comfyui:
-        calls["comfyui"] = comfyui_forward(comfyui, model, config, inputs, noise)
-    times = interleaved(calls)
-    e, f, text = config.width, config.feed_forward_width, config.text_tokens
-    attention_flop = config.blocks * 4 * tokens**2 * e
-    cross_flop = config.blocks * 4 * tokens * text * e
-    linear_flop = config.blocks * tokens * (12 * e * e + 4 * e * f)
-    linear_flop += len(config.injected_blocks) * noisy_tokens * 4 * e * e
-    rates = ceilings(config, tokens)
-    square, up = 12 * e * e, 2 * e * f
-    seconds_per_flop = square / rates["gemm_square"] + up / rates["gemm_up"] + up / rates["gemm_down"]
-    mean_gemm = (square + 2 * up) / seconds_per_flop
-    floor = ((attention_flop + cross_flop) / rates["attention"] + linear_flop / mean_gemm) / 1e9
+        calls["comfyui"] = comfyui_forward(comfyui, model, model.config, inputs, noise)
+    times = interleaved(calls, RUNS, CARD)
     result = {
-        "width": width_px, "height": height_px, "tokens": tokens, "runs": RUNS,
-        "ms": {name: statistics.median(values) for name, values in times.items()},
-        "all_ms": times,
-        "condition_ms": statistics.median(interleaved({"c": lambda: model.condition(inputs)}, 3)["c"]),
+        "width": shape.width_px,
+        "height": shape.height_px,
+        "tokens": shape.tokens(),
+        "runs": RUNS,
+        "ms": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "all_ms": {name: [1e3 * seconds for seconds in values] for name, values in times.items()},
         "activation_bytes": {name: peak_bytes(call) for name, call in calls.items()},
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "attention_flop": attention_flop + cross_flop, "linear_flop": linear_flop,
-        "ceiling_tflops": rates, "ceiling_ms": floor,
-        "profile_ms": profile(calls["ours"]),
-    }  # fmt: skip
-    result["ceiling_share"] = floor / result["ms"]["ours"]
+    }
     if comfyui:
         result["ratio_to_comfyui"] = result["ms"]["ours"] / result["ms"]["comfyui"]
     return result
@@ -270,33 +169,23 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path)
     parser.add_argument("--skip-error", action="store_true")
     parser.add_argument("--blocks", type=int, default=40, help="fewer for a quick look")
-    parser.add_argument("--commit", default=commit(), help="to record, where the checkout has no git history")
+    parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
     sys.argv = sys.argv[:1]  # ComfyUI reads it
-    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
-    config = S2VModelConfig()
-    if options.blocks != config.blocks:
-        kept = tuple(block for block in config.injected_blocks if block < options.blocks)
-        config = replace(config, blocks=options.blocks, injected_blocks=kept)
+    shapes = [ForwardShape(*map(int, size.split("x"))) for size in options.sizes]
+    config = with_blocks(S2VModelConfig(), options.blocks)
 
     report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": options.commit, "cases": []}
     with torch.inference_mode():
         if not options.skip_error:
-            report["error"] = measure_error(config, *sizes[0])
+            report["error"] = measure_error(config, shapes[0])
             print(json.dumps(report["error"]), flush=True)
-        with torch.device("meta"):
-            model = S2VTransformer(config)
-        fill_random(model, SEED, torch.bfloat16, "cuda")
-        for size in sizes:
-            report["cases"].append(measure_size(model, *size, options.comfyui))
+        model = build_short_dit(config, "bfloat16", EXACT, CARD)
+        for shape in shapes:
+            report["cases"].append(measure_size(model, shape, options.comfyui))
             print(json.dumps(report["cases"][-1]), flush=True)
     (options.out / "exact_forward.json").write_text(json.dumps(report, indent=1))
-
-
-def commit() -> str:
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,52 +29,24 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from exact_forward import commit, relative_l2  # noqa: E402
-
-from wan_s2v_core.bench.random_weights import fill_random  # noqa: E402
+from wan_s2v_core.bench.engine import RELEASED, SEED, random_network  # noqa: E402
+from wan_s2v_core.bench.measure import read_commit, relative_l2  # noqa: E402
+from wan_s2v_core.bench.other_networks import PROMPT  # noqa: E402
+from wan_s2v_core.bench.stages import MeasuredNetworks, MeasuredPipeline  # noqa: E402
 from wan_s2v_core.conditioning.bundle import make_conditioning  # noqa: E402
 from wan_s2v_core.conditioning.image import read_picture, to_frames  # noqa: E402
-from wan_s2v_core.config import (  # noqa: E402
-    DEFAULT_NEGATIVE_PROMPT,
-    S2VModelConfig,
-    SamplingConfig,
-    VideoConfig,
-)
+from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, SamplingConfig, VideoConfig  # noqa: E402
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
-from wan_s2v_core.memory import CheckpointNetworks, Networks  # noqa: E402
-from wan_s2v_core.model.audio_encoder import SpeechEncoder  # noqa: E402
-from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE  # noqa: E402
-from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
+from wan_s2v_core.memory import CheckpointNetworks  # noqa: E402
+from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
-from wan_s2v_core.model.text_encoder import END_OF_TEXT, TextEncoder  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
-from wan_s2v_core.pipeline import S2VPipeline  # noqa: E402
-from wan_s2v_core.prepare import LoadPlan, plan_loading  # noqa: E402
+from wan_s2v_core.prepare import plan_loading  # noqa: E402
 from wan_s2v_core.render import write_video  # noqa: E402
 
-SEED = 7
-PROMPT = "A person talks to the camera in a quiet room, close shot, natural light."
-RELEASED = {
-    DIT: S2VModelConfig(),
-    TEXT_ENCODER: {
-        "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384,
-    },
-    SPEECH_ENCODER: {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-        "conv_dim": [512] * 7, "conv_bias": True, "feat_extract_norm": "layer", "do_stable_layer_norm": True,
-    },
-    VAE: {"width": 96},
-}  # fmt: skip
-"""Sizes of Wan2.2-S2V-14B and the networks that come with it."""
-BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
-    DIT: S2VTransformer,
-    TEXT_ENCODER: TextEncoder,
-    SPEECH_ENCODER: SpeechEncoder,
-    VAE: lambda sizes: VideoVAE(**sizes),
-}
 VAE_SIZES = ((832, 480), (1280, 704))
 COPY_BYTES = 4 << 30
 
@@ -107,81 +79,6 @@ def peak() -> int:
 def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-@dataclass
-class Stage:
-    """What one stage cost; bytes are the card's."""
-
-    name: str
-    seconds: float
-    in_seconds: float = 0.0
-    """Moving the network to the card."""
-    out_seconds: float = 0.0
-    held_bytes: int = 0
-    """When it began: its weights and what earlier stages left."""
-    peak_bytes: int = 0
-    planned_bytes: int = 0
-    """What the pipeline thought it needs besides `held_bytes`; 0 where it has no opinion."""
-
-
-class MeasuredNetworks:
-    """Networks as another source brings them, with every stage written down."""
-
-    def __init__(self, networks: Networks, name: str = ""):
-        self.networks, self.device = networks, networks.device
-        self.name, self.stages = name, []
-
-    @contextmanager
-    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        began = now()
-        with self.networks.use(kind, working_bytes) as network:
-            ready = now()
-            reset_peak()
-            held = allocated()
-            yield network
-            done, most = now(), peak()
-        ended = now()
-        name = self.name or kind
-        self.stages.append(Stage(name, done - ready, ready - began, ended - done, held, most, working_bytes))
-
-    @contextmanager
-    def called(self, name: str) -> Iterator[None]:
-        """The stages inside are known by this name."""
-        before, self.name = self.name, name
-        try:
-            yield
-        finally:
-            self.name = before
-
-    @contextmanager
-    def without_network(self, name: str) -> Iterator[None]:
-        began = now()
-        yield
-        self.stages.append(Stage(name, now() - began))
-
-
-class MeasuredPipeline(S2VPipeline):
-    """The pipeline with its uses of the VAE told apart."""
-
-    def encode(self, video: Tensor) -> Tensor:
-        with self.networks.called(f"vae encode, {video.shape[2]} frames"):
-            return super().encode(video)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        with self.networks.called(f"vae decode, {latents.shape[2]} latent frames"):
-            return super().decode(latents)
-
-
-def random_network(kind: str, sizes: Any, loading: LoadPlan, home: torch.device) -> nn.Module:
-    """One network as loading would make it, but with random weights."""
-    with torch.device("meta"):
-        network = BUILDERS[kind](sizes)
-    loading.prepare(kind)(network)
-    fill_random(network, SEED, loading.dtype(kind), loading.device)
-    if kind == TEXT_ENCODER:
-        network.tokenizer = lambda text: [*(3 + ord(letter) % 256 for letter in text), END_OF_TEXT]
-    return network.to(home)
 
 
 @torch.inference_mode()
@@ -428,7 +325,7 @@ def main() -> None:
     parser.add_argument("--size", default="832x480", type=lambda size: tuple(map(int, size.split("x"))))
     parser.add_argument("--pose", action="store_true", help="with a driving video: the portrait, held")
     parser.add_argument("--tiny", action="store_true", help="the embedded checkpoint's sizes on the CPU")
-    parser.add_argument("--commit", default=commit(), help="to record, where the checkout has no git history")
+    parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")
     parser.add_argument("--out", type=Path, default=Path("whole_clip.json"))
     options = parser.parse_args()
     device, sizes = torch.device("cuda"), RELEASED

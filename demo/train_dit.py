@@ -177,7 +177,7 @@ def velocity(model: S2VTransformer, latents: Tensor, timesteps: Tensor, inputs: 
     condition = model.condition(inputs)
     with torch.autocast(latents.device.type, enabled=False):
         time_row, modulation = model.embed_time(timesteps)
-    tokens, context = model.embed(latents, modulation, condition)
+    tokens, context = model.embed(latents, modulation, condition, float(timesteps.max()))
     tokens = model.stack(tokens.float(), context)
     with torch.autocast(latents.device.type, enabled=False):
         patches = model.head(context.segments(tokens)[0].float(), time_row)

@@ -1,6 +1,6 @@
 """The command line: `python -m wan_s2v_core COMMAND`.
 
-Results go to stdout (with `--json` exactly one JSON object), logs to stderr. Exit 0: fine; 1: a check failed; 2: wrong
+Results go to stdout (with `--json` exactly one JSON value), logs to stderr. Exit 0: fine; 1: a check failed; 2: wrong
 usage or unreadable input; 130: stopped by the user.
 """
 
@@ -9,17 +9,19 @@ import json
 import logging
 import random
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import REFERENCE_PRESET, preset_lines
 from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
+    from .bench.cases import BenchRequest
     from .config import ExpertRouting, SamplingConfig, VideoConfig
     from .render import RenderRequest
 
@@ -209,6 +211,61 @@ def run_quality(options: argparse.Namespace) -> int:
     return FINE
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    from .bench.comparison import compare, read_results
+    from .bench.prediction import parse_other_card, predict
+    from .bench.run import Output, plan_run, run_cases
+
+    request = bench_request(options)
+    before = read_results(options.against) if options.against else None
+    cards = [parse_other_card(text) for text in options.predict]
+    planned = plan_run(request)
+    refused = [plan for plan in planned if plan.refusal]
+    if options.dry_run:
+        told = [plan.to_dict() for plan in planned]
+        print(json.dumps(told) if options.json else "\n".join(plan.line() for plan in planned))
+        return CHECK_FAILED if refused else FINE
+    if len(refused) == len(planned):
+        raise ConfigError(f"{refused[0].case.label()}: {refused[0].refusal}")
+
+    output = Output(options.out, shlex.join(["python", "-m", "wan_s2v_core", *options.arguments]))
+    entries: list[dict[str, Any]] = []
+    try:
+        for plan, entry in zip(planned, run_cases(request, planned, options.commit), strict=True):
+            entries.append(entry)
+            output.save(entries)
+            if not options.json:
+                seconds = entry["error"] or f"{entry['seconds_total']:.4g} s"
+                print(f"{len(entries)} of {len(planned)}: {plan.case.label()}: {seconds}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"\n{len(entries)} of {len(planned)} cases are in {output.folder / 'bench.json'}", file=sys.stderr)
+        raise
+    against = compare(before, entries) if before is not None else None
+    text = output.finish(entries, against, [found for card in cards for found in predict(entries, card)])
+    print(json.dumps(entries) if options.json else text)
+    is_slower = bool(against and against.regressions)
+    return CHECK_FAILED if is_slower or any(entry["error"] for entry in entries) else FINE
+
+
+def bench_request(options: argparse.Namespace) -> "BenchRequest":
+    from .bench.cases import BenchRequest
+    from .bench.engine import DEMO_MODEL, ModelSource
+
+    device = options.device or best_device()
+    source = ModelSource(options.model, options.ckpt_dir)
+    if device == "cpu" and not (options.device or options.dry_run or source.path):
+        raise ConfigError(
+            "there is no CUDA card here, and the 14B model takes minutes a forward on a CPU. Use "
+            f"--model {DEMO_MODEL}, which takes seconds, or --device cpu if you mean it."
+        )
+    tuples = {"cases": "cases", "sizes": "sizes", "way": "ways", "precision": "precisions", "attention": "attentions"}
+    tuples |= {"keep": "keeps", "growth_tokens": "growth_tokens"}
+    given = {field: tuple(getattr(options, name)) for name, field in tuples.items() if getattr(options, name)}
+    same = ("runs", "frames", "clip_frames", "steps", "guidance", "measured_steps", "full", "offload", "growth_blocks")
+    given |= {name: getattr(options, name) for name in same}
+    return BenchRequest(source=source, device=device, memory_gb=options.memory_gb, **given)
+
+
 def best_device() -> str:
     import torch
 
@@ -370,6 +427,60 @@ def add_quality(commands, common: argparse.ArgumentParser) -> None:
     add("--lpips_weights", type=Path, help="state dict of lpips.LPIPS(net='alex')")
 
 
+def add_bench(commands, common: argparse.ArgumentParser) -> None:
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="measure this device: forwards, whole videos, VAE and encoders against what it can do at most",
+        description="Without a checkpoint the 14B model has random weights: times are real, pictures are not. "
+        "Exit 1: a case failed, or --against found a slower one.",
+    )
+    bench.set_defaults(run=run_bench)
+    add = bench.add_argument
+    add("--cases", nargs="+", metavar="CASE", help="forward, article, vae, encoders, load, growth or all; a quick few")
+    add("--sizes", nargs="+", metavar="WxH", help="832x480 and 1280x704 by default; 64x64 for the demo")
+    add("--precision", nargs="+", metavar="NAME", help="one or more, as for generate")
+    add("--attention", nargs="+", metavar="NAME", help="one or more attention backends")
+    add("--keep", nargs="+", type=float, metavar="SHARE", help="share of the attention that is computed; 1 is all")
+    add(
+        "--way",
+        nargs="+",
+        metavar="P[:A[:K]]",
+        help="precision, attention and share together, such as bfloat16 float8:auto:0.5; in place of the three",
+    )
+    add("--runs", type=int, default=5, help="of which the median counts (default %(default)s)")
+    add("--model", default="14B", help="14B, or demo: the embedded one, for a CPU (default %(default)s)")
+    add("--ckpt_dir", help="folder of Wan2.2-S2V-14B, or one in its layout; random weights without")
+    add("--device", help="cuda if there is a card")
+    add("--memory_gb", type=float, help="with --dry_run: what would fit into so much")
+    add("--dry_run", action="store_true", help="list the cases with the work and memory they are predicted to need")
+    add("--out", type=Path, default=Path("bench"), help="folder for bench.json, bench.md and the plot (default bench)")
+    add("--against", type=Path, metavar="FILE", help="bench.json of an earlier run: what became slower")
+    add(
+        "--predict",
+        nargs="+",
+        default=[],
+        metavar="CARD",
+        help="another card: its bench.json, or measured ceilings such as bf16_tflops=300,attention_tflops=250",
+    )
+    add("--commit", help="to record, where the checkout has no git history")
+    article = bench.add_argument_group(
+        "article", "a whole video; estimated from a few steps of a clip without a past and of one with it"
+    )
+    add = article.add_argument
+    add("--frames", type=int, default=240, help="whole clips (default %(default)s)")
+    add("--clip_frames", type=int, default=80, help="of a clip, here and in forwards (default %(default)s)")
+    add("--steps", type=int, default=50, help="default %(default)s")
+    add("--guidance", type=float, default=4.5, help="1: one forward a step instead of two (default %(default)s)")
+    add("--measured_steps", type=int, default=2, help="steps to run of each kind of clip (default %(default)s)")
+    add("--full", action="store_true", help="run all of it: an hour at 720p with exact bfloat16")
+    add("--offload", action="store_true", help="networks wait in main memory, as generate does by default")
+    growth = bench.add_argument_group("growth", "the time of a forward over nine numbers of tokens")
+    add = growth.add_argument
+    add("--growth_tokens", type=int, nargs=2, metavar=("FEW", "MANY"), help="5000 300000 by default")
+    add("--growth_blocks", type=int, default=2, help="of the DiT; all cost the same (default %(default)s)")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -388,6 +499,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands, common)
     add_split(commands, common)
     add_quality(commands, common)
+    add_bench(commands, common)
 
     show = commands.add_parser("demo", parents=[common], help="run the embedded tiny model on the embedded voice")
     show.add_argument("--audio", help="another recording")
@@ -399,6 +511,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else [*arguments]
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
     try:
         return options.run(options)

@@ -148,6 +148,50 @@ class ExpertRouting(JsonConfig):
             raise ConfigError(f"gate_dropout={self.gate_dropout} is outside 0 to 1. Use such as 0.1, or 0 for none.")
 
 
+AUTO = "auto"
+SPARSE_BY_SCORES, SPARSE_BY_DISTANCE = "scores", "distance"
+SPARSE_CHOICES = (SPARSE_BY_SCORES, SPARSE_BY_DISTANCE)
+VAE_WAYS = (AUTO, "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class AccelerationPlan(JsonConfig):
+    """How networks are made faster, from outside; the defaults change results by rounding alone.
+
+    `attention` names a backend of acceleration/attention/registry.py; auto is the fastest exact one, auto8 the fastest
+    in 8 bits. `sparse_keep` below 1 lets a tile of 128 queries look at that share of the tiles of keys, chosen by
+    `sparse_by`; this is lossy. `vae`: auto is bfloat16 on a card, with kernels of our own, and float32 on a CPU.
+    """
+
+    attention: str = AUTO
+    sparse_keep: float = 1.0
+    sparse_by: str = SPARSE_BY_SCORES
+    sparse_dense_steps: int = 2
+    """Steps at the start of a clip that look at everything: they decide what is where."""
+    sparse_dense_blocks: int = 1
+    """Blocks at the start of the DiT that do."""
+    fused: bool = True
+    """Whether the steps between products are fused kernels, where there is a card and Triton."""
+    vae: str = AUTO
+
+    def __post_init__(self):
+        check_choice("sparse_by", self.sparse_by, SPARSE_CHOICES)
+        check_choice("vae", self.vae, VAE_WAYS)
+        if not 0 < self.sparse_keep <= 1:
+            raise ConfigError(
+                f"sparse_keep={self.sparse_keep}: the share of attention that is kept lies between 0 and 1. Use such "
+                "as 0.5, or 1 for all of it."
+            )
+        for name in ("sparse_dense_steps", "sparse_dense_blocks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+
+    def kept(self, blocks: int) -> float:
+        """The share of attention that a sparse step computes, over all blocks."""
+        dense = min(self.sparse_dense_blocks, blocks)
+        return (dense + (blocks - dense) * self.sparse_keep) / blocks
+
+
 SOLVERS = ("unipc", "dpm++", "euler")
 SIGMA_SPACINGS = ("flow", "karras")
 NOISES = ("cpu", "reference")

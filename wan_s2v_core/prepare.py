@@ -1,7 +1,7 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from .acceleration.attention.registry import Chosen, Setting, choose
+from .acceleration.attention.sparse import BrickOrder, SparsePlan, sparse_attend
 from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import swap_linears
-from .config import ExpertRouting, S2VModelConfig, check_choice
+from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
+from .model.dit import S2VTransformer
 from .model.loading import find_part
 
 log = logging.getLogger(__name__)
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,39 @@ class LoadPlan:
             split_into_experts(network, Path(path), self.split_experts, self.device)
         if kind == DIT:
             group_products(network)
+
+
+def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> Chosen:
+    """Attach what a plan says to a loaded DiT at its seams, in place of what was attached before.
+
+    Returns:
+        The attention that is used.
+    Raises:
+        BackendUnavailable: if it needs an attention that cannot be used here.
+        ConfigError: if there is none of that name.
+    """
+    setting = Setting(model.device, model.dtype, model.config.head_width)
+    is_sparse = plan.sparse_keep < 1
+    chosen = choose(plan.attention, setting, takes_lists=is_sparse)
+    if isinstance(model.stack, BrickOrder):
+        model.stack = model.stack.stack
+    sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, plan.sparse_dense_blocks)
+    for number, block in enumerate(model.stack.blocks):
+        attend = chosen.attend
+        if is_sparse:
+            attend = sparse_attend(chosen.attend, chosen.attend_listed, sparse, number)
+        block.attention.attend = attend
+    if is_sparse:
+        model.stack = BrickOrder(model.stack, sparse)
+    log.info("attention: %s%s", chosen.name, f", {plan.sparse_keep:.0%} of it" if is_sparse else "")
+    return chosen
+
+
+def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_steps: int) -> None:
+    """Let the first steps of these look at everything, where attention is sparse."""
+    if isinstance(model.stack, BrickOrder):
+        first_sparse = min(dense_steps, len(timesteps))
+        model.stack.plan.dense_from = timesteps[first_sparse - 1] if first_sparse else float("inf")
 
 
 def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:

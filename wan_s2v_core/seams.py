@@ -34,6 +34,10 @@ class BlockContext:
     """B F E: one vector per latent frame that modulates the injection; None in models without it."""
     dtype: torch.dtype
     """Precision of the products; the token stream itself is float32."""
+    grid: tuple[int, int, int]
+    """Latent frames, rows and columns of the noisy tokens of the whole clip."""
+    timestep: float
+    """How noisy they are, 0 to 1000; the largest where batch entries differ."""
     branch: str = "cond"
     """Which guidance branch this is, for caches that must keep the branches apart."""
 

@@ -27,7 +27,7 @@ def test_a_split_sequence_hears_its_own_frames(make_model, make_inputs):
     """The injection of any run of tokens alone equals that run of the whole."""
     model = make_model()
     inputs, noise = make_inputs()
-    tokens, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs))
+    tokens, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs), 500.0)
     injector = model.stack.injectors[0]
     whole = injector(tokens, context)
     for start, stop in ((0, 31), (31, 32), (32, 100), (100, tokens.shape[1])):  # frames end at 24, 48, ...
@@ -41,7 +41,7 @@ def test_pointwise_steps_serve_any_part(noisy, make_model, make_inputs):
     """Parts with noisy tokens only, with none, and with both: the rows of the modulation follow the boundary."""
     model = make_model()
     inputs, noise = make_inputs()
-    _, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs))
+    _, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs), 500.0)
     context = replace(context, noisy_tokens=noisy)
     x, y = torch.randn(2, 1, 16, TINY.width)
     shift, scale = torch.randn(2, 1, 2, TINY.width)

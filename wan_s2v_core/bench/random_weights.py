@@ -6,6 +6,7 @@ weights serve float32 and bfloat16.
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,28 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, depth: int, devi
     return value.bfloat16().float()
 
 
+def shapes_of(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter by name, in the shape that a file has it: a layer that stores its weight in a way of its own
+    (`take_weight`, see `model.loading.place`) may keep it in another shape, or not as a parameter.
+    """
+    own = {
+        f"{name}.weight" if name else "weight": (module.out_features, module.in_features)
+        for name, module in network.named_modules()
+        if hasattr(module, "take_weight") and hasattr(module, "in_features")
+    }
+    yield from own.items()
+    for name, parameter in network.named_parameters():
+        if name not in own:
+            yield name, tuple(parameter.shape)
+
+
 def fill_random(
     network: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> None:
     """Give a network (on the meta device or not) random weights in place, one tensor at a time."""
     keeps = getattr(network, "keeps_full_precision", lambda name: False)
     depth = 3 * len(network.stack.blocks) if hasattr(network, "stack") else 1
-    for name, old in list(network.named_parameters()):
-        value = random_tensor(name, tuple(old.shape), seed, depth, device)
+    for name, shape in list(shapes_of(network)):
+        value = random_tensor(name, shape, seed, depth, device)
         place(network, name, value, torch.float32 if keeps(name) else dtype)
     network.eval()

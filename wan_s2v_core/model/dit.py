@@ -205,7 +205,9 @@ class S2VTransformer(nn.Module):
         rows = self.time_projection(F.silu(time)).unflatten(0, (2, -1)).transpose(0, 1)  # B S 6E
         return time[: len(moments)], rows.unflatten(-1, (6, -1))
 
-    def embed(self, latents: Tensor, modulation: Tensor, condition: ClipCondition) -> tuple[Tensor, BlockContext]:
+    def embed(
+        self, latents: Tensor, modulation: Tensor, condition: ClipCondition, timestep: float
+    ) -> tuple[Tensor, BlockContext]:
         """Noisy latents B C F h w -> tokens B L E (noisy, reference, motion) and what the blocks need to know."""
         if (tokens := token_grid(latents)) != condition.grid:
             raise ConfigError(
@@ -222,6 +224,8 @@ class S2VTransformer(nn.Module):
             audio_tokens=condition.audio_tokens,
             audio_frames=condition.audio_frames,
             dtype=self.dtype,
+            grid=condition.grid,
+            timestep=timestep,
             branch=condition.branch,
         )
         return torch.cat([noisy, condition.side_tokens.expand(noisy.shape[0], -1, -1)], dim=1), context
@@ -229,10 +233,14 @@ class S2VTransformer(nn.Module):
     def forward(self, latents: Tensor, timestep: float | Tensor, condition: ClipCondition) -> Tensor:
         """The velocity. latents: B C F h w; timestep: 0..1000, as a float in inference -> B C F h w in float32."""
         time, modulation = self.embed_time(timestep)
-        tokens, context = self.embed(latents, modulation, condition)
+        tokens, context = self.embed(latents, modulation, condition, noisiest(timestep))
         tokens = self.stack(tokens, context)
         patches = self.head(context.segments(tokens)[0], time)
         return unpatchify(patches, condition.grid)
+
+
+def noisiest(timestep: float | Tensor) -> float:
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int]) -> Tensor:

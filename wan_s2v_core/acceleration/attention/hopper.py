@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import time
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def compile_source(name: str, options: tuple[str, ...]) -> bytes:
     return code
 
 
-@lru_cache(maxsize=None)
+@cache
 def machine_code(name: str, *defined: str) -> bytes:
     """Of a kernel, compiled with these names defined; from Triton's cache where it has been compiled before."""
     from triton.runtime.cache import get_cache_manager
@@ -89,7 +89,7 @@ def machine_code(name: str, *defined: str) -> bytes:
     return code
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(device: int, name: str, *defined: str):
     """A kernel, loaded onto a card."""
     from cuda.bindings import driver
@@ -108,7 +108,11 @@ def pointer(tensor: Tensor | None) -> tuple:
 
 
 def launch(name: str, out: Tensor, arguments: list[tuple], *defined: str) -> None:
-    """Run a kernel that makes `out`, B L N 128. arguments: (value, type) of all but the last, which say where out is."""
+    """Run a kernel that makes `out`, B L N 128.
+
+    Args:
+        arguments: (value, type) of all but the last, which say how `out` lies.
+    """
     from cuda.bindings import driver
 
     batch, queries, heads, _ = out.shape

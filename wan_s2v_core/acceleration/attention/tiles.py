@@ -19,8 +19,8 @@ FAINTEST = 1e-18
 """Scales are no smaller: a score of minus infinity times a scale of zero would be NaN."""
 LARGEST_INT8, LARGEST_E4M3 = 127.0, 448.0
 MEAN_STRIDE = 16
-"""Every so many tokens are looked at for the mean of the keys. What is subtracted need not be the exact mean: any vector
-leaves softmax as it is, since it adds the same to all scores of a query."""
+"""Every so many tokens are looked at for the mean of the keys. What is subtracted need not be the exact mean: any
+vector leaves softmax as it is, since it adds the same to all scores of a query."""
 TOKENS_AT_ONCE = 1024
 
 
@@ -130,7 +130,7 @@ def query_tiles(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def key_tiles(k: Tensor) -> Tensor:
-    """int8 tiles of keys less their mean, each followed by its float32 scale in 16 bytes. B L N 128 -> B*N tiles 16400."""
+    """int8 tiles of keys less their mean, each with its float32 scale behind it. B L N 128 -> B*N tiles 16400."""
     heads, tiles = k.shape[0] * k.shape[2], tiles_of(k.shape[1])
     out = torch.empty(heads, tiles, KEY_TILE_BYTES, device=k.device, dtype=torch.int8)
     _rows(k, out, out.view(torch.float32), channel_means(k), 1.0, per_row=False)
@@ -142,9 +142,7 @@ def value_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = x.shape
     tiles, all_heads, parts = tiles_of(tokens), batch * heads, -(-tokens // TOKENS_AT_ONCE)
     largest = torch.empty(all_heads, parts, TILE, device=x.device)
-    _largest_kernel[(parts, all_heads)](
-        x, largest, tokens, *_layout(x), TILE=TILE, TOKENS=TOKENS_AT_ONCE, num_warps=8
-    )
+    _largest_kernel[(parts, all_heads)](x, largest, tokens, *_layout(x), TILE=TILE, TOKENS=TOKENS_AT_ONCE, num_warps=8)
     scales = largest.amax(dim=1) / LARGEST_E4M3
     out = torch.empty(all_heads, tiles, TILE * TILE, device=x.device, dtype=torch.float8_e4m3fn)
     words = out.view(torch.int32)

@@ -1,0 +1,259 @@
+"""Ways to compute self-attention, by name: which of them can be used here, which is fastest, and why others are not.
+
+A backend is loaded when it is asked for and tried on a few random tokens before it is trusted, so that a package that
+is missing, broken or built for another card is a reason in a message and nothing worse.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+from ...model.attention import scaled_dot_product, sdpa
+from ...seams import Attend
+
+log = logging.getLogger(__name__)
+
+AttendListed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v: B L N D; listed: B*N tiles(q) tiles(k); counts: B*N tiles(q)) -> B L N D; see `hopper.attend16`."""
+
+AUTO, AUTO_8 = "auto", "auto8"
+SDPA, FLASH_4, HOPPER, SAGE = "sdpa", "flash4", "hopper", "sage"
+HOPPER_8, PORTABLE, PORTABLE_8 = "hopper8", "triton", "triton8"
+
+HOPPER_CARD = (9, 0)
+EXACT_ERROR, LOSSY_ERROR = 0.006, 0.08
+"""Relative L2 to float32 on random values that a backend is let pass with: what rounding to bfloat16 and 8 bits make,
+0.0023 and 0.040 to 0.053, and half as much again."""
+TRIAL_SHAPE = (1, 300, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where attention is to run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_width: int
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention.
+
+    `load` returns the function, and the one that takes lists of tiles if there is one.
+    """
+
+    name: str
+    is_exact: bool
+    what: str
+    load: Callable[[Setting], tuple[Attend, AttendListed | None]]
+
+
+def need(is_so: bool, otherwise: str) -> None:
+    """Raises BackendUnavailable with a reason unless something is so."""
+    if not is_so:
+        raise BackendUnavailable(otherwise)
+
+
+def need_module(name: str, install: str) -> None:
+    """Raises BackendUnavailable unless a module can be imported."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailable(f"{name} cannot be imported ({error}); pip install {install}") from error
+
+
+def need_card(setting: Setting) -> None:
+    need(setting.device.type == "cuda", "it needs an NVIDIA card")
+    need(setting.dtype in (torch.bfloat16, torch.float16), f"it computes in bfloat16 or float16, not {setting.dtype}")
+
+
+def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    return lambda q, k, v, context: function(q, k, v)
+
+
+def load_sdpa(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    from .reference import attend_listed
+
+    return sdpa, attend_listed
+
+
+def need_hopper(setting: Setting) -> None:
+    need_card(setting)
+    need(setting.capability == HOPPER_CARD, "it is written for Hopper cards (H100, H200) alone")
+    need(setting.head_width == 128, f"it computes heads of 128 channels, these have {setting.head_width}")
+    need_module("triton", "triton")
+    need_module("cuda.bindings.nvrtc", "cuda-bindings")
+
+
+def load_hopper(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need_hopper(setting)
+    from .hopper import attend16
+
+    return without_context(attend16), attend16
+
+
+def load_hopper8(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need_hopper(setting)
+    from .hopper import attend8
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
+        return attend8(q, k, v, *lists).to(q.dtype)
+
+    return without_context(attend), attend
+
+
+def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need(setting.device.type == "cuda", "it needs a card")
+    need_module("triton", "triton")
+    from .portable import attend16
+
+    return without_context(attend16), attend16
+
+
+def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need_card(setting)
+    need(setting.capability >= (8, 0), "it needs a card with fast int8 products (RTX 30, A100 or newer)")
+    need_module("triton", "triton")
+    from .portable import attend8
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
+        return attend8(q, k, v, *lists).to(q.dtype)
+
+    return without_context(attend), attend
+
+
+def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need_card(setting)
+    need(setting.capability >= HOPPER_CARD, "it needs a Hopper or Blackwell card")
+    need_module("flash_attn.cute", '"flash-attn-4[cu13]"')
+    from flash_attn.cute import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return without_context(attend), None
+
+
+def load_sage(setting: Setting) -> tuple[Attend, AttendListed | None]:
+    need_card(setting)
+    need_module("sageattention", "sageattention (version 1; version 2 is built from its sources)")
+    from sageattention import sageattn
+
+    return without_context(lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD", is_causal=False)), None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(FLASH_4, True, "flash-attention 4, a package for Hopper and Blackwell cards", load_flash4),
+        Backend(HOPPER, True, "our own kernel for Hopper cards, exact", load_hopper),
+        Backend(SDPA, True, "PyTorch's own, cuDNN first", load_sdpa),
+        Backend(PORTABLE, True, "our own Triton kernel, exact, for any card", load_portable),
+        Backend(HOPPER_8, False, "our own kernel for Hopper cards, 8 bits", load_hopper8),
+        Backend(SAGE, False, "SageAttention, a package, 8 bits", load_sage),
+        Backend(PORTABLE_8, False, "our own Triton kernel, 8 bits, for RTX 30, A100 and newer", load_portable8),
+    )
+}
+"""Fastest first, among the exact ones and among the others, see benchmarks/README.md. The exact Triton kernel is there
+for lists of tiles; SDPA is faster without."""
+CHOICES = (AUTO, AUTO_8, *BACKENDS)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A backend that works here."""
+
+    name: str
+    is_exact: bool
+    attend: Attend
+    attend_listed: AttendListed | None
+
+
+@lru_cache(maxsize=64)
+def try_backend(name: str, setting: Setting) -> Chosen | str:
+    """A backend, loaded and tried; the reason if it cannot be used."""
+    backend = BACKENDS[name]
+    try:
+        attend, listed = backend.load(setting)
+        error = trial_error(attend, setting)
+    except BackendUnavailable as reason:
+        return str(reason)
+    except Exception as error:  # a package of somebody else's: whatever it raises, it must not stop us
+        return f"it fails here with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    bound = EXACT_ERROR if backend.is_exact else LOSSY_ERROR
+    if not error <= bound:
+        return f"its result is {error:.3f} off on random values, where {bound} is allowed"
+    return Chosen(name, backend.is_exact, attend, listed)
+
+
+@torch.inference_mode()
+def trial_error(attend: Attend, setting: Setting) -> float:
+    """Relative L2 to float32 on random values."""
+    generator = torch.Generator(setting.device).manual_seed(0)
+    shape = (*TRIAL_SHAPE, setting.head_width)
+    q, k, v = (torch.randn(shape, generator=generator, device=setting.device).to(setting.dtype) for _ in range(3))
+    exact = scaled_dot_product(q.float(), k.float(), v.float())
+    return float((attend(q, k, v, None).float() - exact).norm() / exact.norm())
+
+
+def choose(name: str, setting: Setting, takes_lists: bool = False) -> Chosen:
+    """The backend of that name; auto is the fastest exact one, auto8 the fastest in 8 bits or else an exact one.
+
+    Args:
+        takes_lists: whether it must serve sparse attention.
+    Raises:
+        BackendUnavailable: if that one cannot be used here.
+        ConfigError: if there is none of that name.
+    """
+    from ...config import check_choice
+
+    check_choice("attention", name, CHOICES)
+    if name not in BACKENDS:
+        return choose_automatically(setting, name == AUTO_8, takes_lists)
+    found = try_backend(name, setting)
+    if isinstance(found, Chosen) and takes_lists and not found.attend_listed:
+        found = "it takes no lists of tiles, which sparse attention needs"
+    if isinstance(found, str):
+        usable = [other for other in BACKENDS if isinstance(try_backend(other, setting), Chosen)]
+        raise BackendUnavailable(
+            f"attention {name!r} cannot be used: {found}. Usable here: {', '.join([AUTO, *usable])}."
+        )
+    return found
+
+
+def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -> Chosen:
+    """The fastest backend that works here. One that is broken, rather than missing, is warned about once."""
+    exact = [backend.name for backend in BACKENDS.values() if backend.is_exact]
+    lossy = [backend.name for backend in BACKENDS.values() if not backend.is_exact]
+    for name in (*lossy, *exact) if in_8_bits else exact:
+        found = try_backend(name, setting)
+        if isinstance(found, Chosen) and (found.attend_listed or not takes_lists):
+            if in_8_bits and found.is_exact:
+                warn_once("no attention in 8 bits can be used here: %s is used, which is exact", name)
+            return found
+        if (isinstance(found, str) and "fails here" in found) or "off on random" in str(found):
+            warn_once("attention %s is left out: %s", name, found)
+    raise AssertionError("SDPA is always there")
+
+
+@lru_cache(maxsize=256)
+def warn_once(message: str, *values: object) -> None:
+    log.warning(message, *values)
+
+
+def reasons(setting: Setting) -> dict[str, str | None]:
+    """Why each backend cannot be used here; None for those that can."""
+    tried = {name: try_backend(name, setting) for name in BACKENDS}
+    return {name: found if isinstance(found, str) else None for name, found in tried.items()}

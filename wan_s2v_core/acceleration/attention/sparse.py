@@ -1,0 +1,175 @@
+"""Block-sparse self-attention: a tile of 128 queries looks at some of the tiles of 128 keys, and not at the others.
+
+Which ones is chosen anew in every forward from the means of queries and keys in a tile (`scores`), or once per size by
+how near tiles are in picture and time (`distance`). Always looked at: a tile itself, the first latent frame, and the
+tokens of reference picture and motion, which hold the face and the join to the clip before. So that tiles are local,
+tokens of a frame are put into the order of bricks of 8 x 16 while they pass the stack.
+
+Sources: Sparse VideoGen (arXiv 2502.01776), SpargeAttention (2502.18137), radial attention (2506.19852); the choice
+here is the simplest of its kind.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...config import SPARSE_BY_DISTANCE
+from ...seams import Attend, BlockContext
+from .registry import AttendListed
+
+TILE = 128
+BRICK_ROWS, BRICK_COLUMNS = 8, 16
+FRAMES_WEIGHT = 4.0
+"""How many tokens of distance in a picture one latent frame counts as."""
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """What a choice of tiles has to know of the tokens."""
+
+    frames: int
+    rows: int
+    columns: int
+    tokens: int
+    """With those of reference picture and motion, which come last."""
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.tokens // TILE)
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.rows * self.columns
+
+    def kept_tiles(self, share: float) -> int:
+        """Tiles that each tile looks at."""
+        return min(self.tiles, max(int(self.always().sum()) + 1, round(share * self.tiles)))
+
+    def always(self) -> Tensor:
+        """Which tiles every tile looks at: first latent frame, reference picture and motion, and the last tile."""
+        tiles, noisy = torch.arange(self.tiles), self.frames * self.frame_tokens
+        return (tiles * TILE < self.frame_tokens) | ((tiles + 1) * TILE > noisy) | (tiles == self.tiles - 1)
+
+
+def tile_means(x: Tensor) -> Tensor:
+    """Mean of each tile of tokens. B L N D -> B N tiles D, float32."""
+    tokens = x.shape[1]
+    tiles = -(-tokens // TILE)
+    whole = tokens // TILE * TILE
+    means = x[:, :whole].unflatten(1, (-1, TILE)).mean(dim=2, dtype=torch.float32)
+    if whole < tokens:
+        means = torch.cat([means, x[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float32)], dim=1)
+    assert means.shape[1] == tiles
+    return means.transpose(1, 2)
+
+
+def list_best(scores: Tensor, grid: TileGrid, share: float) -> tuple[Tensor, Tensor]:
+    """For each tile of queries the tiles of keys with the highest scores, after those that are always looked at.
+
+    Args:
+        scores: ... tiles(q) tiles(k); changed in place.
+    Returns:
+        listed ... tiles(q) tiles(k), of which the first are used, the last of these being the last tile of all, which
+        may be partly filled; and counts ... tiles(q); int32.
+    """
+    tiles, kept = grid.tiles, grid.kept_tiles(share)
+    scores.masked_fill_(grid.always().to(scores.device), torch.inf)
+    scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    best = scores[..., : tiles - 1].topk(kept - 1, dim=-1, sorted=False).indices
+    listed = F.pad(best.int(), (0, tiles - kept + 1), value=tiles - 1)
+    return listed, torch.full(listed.shape[:-1], kept, dtype=torch.int32, device=scores.device)
+
+
+def list_by_scores(q: Tensor, k: Tensor, grid: TileGrid, share: float) -> tuple[Tensor, Tensor]:
+    """The choice by means of queries and keys. B L N D -> B*N tiles tiles, B*N tiles."""
+    scores = (tile_means(q) @ tile_means(k).transpose(-1, -2)).flatten(0, 1)
+    return list_best(scores, grid, share)
+
+
+@lru_cache(maxsize=4)
+def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The choice by how near the middles of tiles are. heads tiles tiles, heads tiles, the same for all heads."""
+    order = brick_order(grid.frames, grid.rows, grid.columns)
+    places = torch.stack(
+        [
+            order // grid.frame_tokens * FRAMES_WEIGHT,
+            order % grid.frame_tokens // grid.columns,
+            order % grid.columns,
+        ],
+        dim=1,
+    ).float()
+    missing = grid.tiles * TILE - len(places)
+    places = torch.cat([places, places.new_full((missing, 3), torch.nan)]).unflatten(0, (-1, TILE))
+    middles = places.nanmean(dim=1).nan_to_num(0.0)  # tiles of reference and motion are looked at by all anyway
+    listed, counts = list_best(-torch.cdist(middles, middles), grid, share)
+    listed, counts = (x.to(device).expand(heads, *x.shape).contiguous() for x in (listed, counts))
+    return listed, counts
+
+
+@lru_cache(maxsize=8)
+def brick_order(frames: int, rows: int, columns: int) -> Tensor:
+    """Numbers of the noisy tokens, frame by frame, in the order of bricks of neighbours."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    bricks_across = -(-columns // BRICK_COLUMNS)
+    brick = row // BRICK_ROWS * bricks_across + column // BRICK_COLUMNS
+    within = row % BRICK_ROWS * BRICK_COLUMNS + column % BRICK_COLUMNS
+    order = (brick * BRICK_ROWS * BRICK_COLUMNS + within).flatten().argsort()
+    return (torch.arange(frames)[:, None] * rows * columns + order).flatten()
+
+
+class SparsePlan:
+    """What all blocks of a model share: how much is looked at, and where everything is."""
+
+    def __init__(self, share: float, by: str, dense_blocks: int):
+        self.share, self.by, self.dense_blocks = share, by, dense_blocks
+        self.dense_from = float("inf")
+        """Timestep from which on attention is dense: the first steps of a clip. Set before a clip is sampled."""
+
+
+def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: int) -> Attend:
+    """Give the attention of one block part of the keys.
+
+    Args:
+        dense: for what is to see everything.
+        block: its number.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+        grid = TileGrid(*context.grid, tokens=k.shape[1])
+        if block < plan.dense_blocks or context.timestep >= plan.dense_from:
+            return dense(q, k, v, context)
+        if grid.kept_tiles(plan.share) == grid.tiles:
+            return dense(q, k, v, context)
+        if plan.by == SPARSE_BY_DISTANCE:
+            lists = list_by_distance(grid, plan.share, q.shape[0] * q.shape[2], q.device)
+        else:
+            lists = list_by_scores(q, k, grid, plan.share)
+        return listed(q, k, v, *lists)
+
+    return attend
+
+
+class BrickOrder(nn.Module):
+    """A stack whose tokens are in the order of bricks inside, and as they were outside. Exact: no block knows the order."""
+
+    def __init__(self, stack: nn.Module, plan: SparsePlan):
+        super().__init__()
+        self.stack, self.plan = stack, plan
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.stack.blocks
+
+    @property
+    def injectors(self) -> nn.ModuleList:
+        return self.stack.injectors
+
+    def forward(self, tokens: Tensor, context: BlockContext) -> Tensor:
+        noisy = context.noisy_tokens
+        order = brick_order(*context.grid).to(tokens.device)
+        order = torch.cat([order, torch.arange(noisy, tokens.shape[1], device=tokens.device)])
+        out = self.stack(tokens[:, order], replace(context, rope=context.rope[order]))
+        return torch.empty_like(out).index_copy_(1, order, out)

@@ -1,0 +1,203 @@
+"""What this very card can do at most, measured: products at the shapes of a block, attention at a number of tokens,
+and copies. The shares of these ceilings are what carries over from card to card.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..acceleration.attention.registry import Setting
+from ..config import S2VModelConfig
+from .engine import attention_kernels
+from .flops import ForwardFlop
+from .measure import Call, interleaved, release
+
+log = logging.getLogger(__name__)
+
+RUNS = 5
+PRODUCTS = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8-weights": "bf16", "float8": "fp8", "int8": "int8",
+}  # fmt: skip
+"""In what the products of the blocks are computed, by precision."""
+OUTSIDE = {"fp32": "fp32", "fp16": "fp16"}
+"""In what those outside of the blocks are, where that is not bf16."""
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TF32 = "tf32"
+LARGE = (32_768, 4096, 4096)
+"""Rows, inner and outer width of a product that keeps any card busy."""
+LONGEST = 80_000
+"""Tokens beyond which rates are taken as they are here: no kernel becomes faster, and attention over 300,000 takes
+seconds a call."""
+COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Ceilings for one number of tokens and one precision. TFLOP/s; None where this device has no such product."""
+
+    products: str
+    square: float | None
+    """Width to width."""
+    up: float | None
+    down: float | None
+    outside: float | None
+    """Width to width in the precision of what is outside of the blocks."""
+    attention: float | None
+    attention_kernel: str | None
+    attention_bits: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Seconds that the ceilings allow for a forward: nothing but its products, each at its ceiling."""
+
+    attention: float
+    linears: float
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.linears
+
+
+def allowed_seconds(flop: ForwardFlop, rates: Rates) -> Allowed | None:
+    """None where a ceiling could not be measured."""
+    pairs = ((flop.square, rates.square), (flop.up, rates.up), (flop.down, rates.down), (flop.outside, rates.outside))
+    if rates.attention is None or any(rate is None for _, rate in pairs):
+        return None
+    linears = sum(work / rate for work, rate in pairs) / 1e12
+    return Allowed(flop.attentions / rates.attention / 1e12, linears)
+
+
+class Ceilings:
+    """Measures each ceiling when it is first asked for, and keeps it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._kept: dict[tuple, Any] = {}
+
+    def rates(self, config: S2VModelConfig, tokens: int, precision: str, bits: int) -> Rates:
+        products, tokens = PRODUCTS.get(precision, "bf16"), min(tokens, LONGEST)
+        e, hidden = config.width, config.feed_forward_width
+        shapes = {"square": (e, e), "up": (e, hidden), "down": (hidden, e)}
+        found = {name: self.product(products, tokens, *sides) for name, sides in shapes.items()}
+        outside = self.product(OUTSIDE.get(products, "bf16"), tokens, e, e)
+        attention, kernel = self.attention(config, tokens, bits, products)
+        return Rates(products, **found, outside=outside, attention=attention, attention_kernel=kernel,
+                     attention_bits=bits)  # fmt: skip
+
+    def product(self, products: str, tokens: int, inner: int, outer: int) -> float | None:
+        """TFLOP/s of tokens x inner times inner x outer."""
+        key = ("product", products, tokens, inner, outer)
+        if key not in self._kept:
+            seconds = self._seconds(lambda: product_call(products, tokens, inner, outer, self.device), key)
+            self._kept[key] = None if seconds is None else 2 * tokens * inner * outer / seconds / 1e12
+        return self._kept[key]
+
+    def large(self, dtype: torch.dtype) -> float | None:
+        """TFLOP/s of one large product in a network's type; float32 in TF32, where convolutions may use that."""
+        name = next((name for name, known in TYPES.items() if known == dtype), "fp32")
+        if name == "fp32" and self.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+            name = TF32
+        rows, inner, outer = LARGE if self.device.type == "cuda" else (side // 16 for side in LARGE)
+        return self.product(name, rows, inner, outer)
+
+    def attention(
+        self, config: S2VModelConfig, tokens: int, bits: int, products: str
+    ) -> tuple[float | None, str | None]:
+        """TFLOP/s of the fastest exact kernel, and its name."""
+        dtype = TYPES.get(products, torch.bfloat16)
+        key = ("attention", dtype, tokens, config.heads, config.head_width, bits)
+        if key not in self._kept:
+            best: tuple[float | None, str | None] = (None, None)
+            sizes = (1, tokens, config.heads, config.head_width)
+            for name, attend in attention_kernels(bits, Setting(self.device, dtype, config.head_width)).items():
+                make = partial(attention_call, attend, sizes, dtype, self.device)
+                seconds = self._seconds(make, (name, tokens))
+                rate = seconds and 4 * tokens**2 * config.width / seconds / 1e12
+                if rate and (best[0] is None or rate > best[0]):
+                    best = rate, name
+            self._kept[key] = best
+            release(self.device)
+        return self._kept[key]
+
+    def copies(self) -> dict[str, float]:
+        """GB/s inside the device's memory (read and written), and to it from page-locked main memory."""
+        if "copies" not in self._kept:
+            count = COPIED_BYTES[self.device.type]
+            calls = {"device_gbs": (2 * count, partial(copy_call, self.device, self.device, count))}
+            if self.device.type == "cuda":
+                calls["to_device_gbs"] = (count, partial(copy_call, torch.device("cpu"), self.device, count))
+            times = {name: (moved, self._seconds(make, (name,))) for name, (moved, make) in calls.items()}
+            self._kept["copies"] = {name: moved / took / 1e9 for name, (moved, took) in times.items() if took}
+        return self._kept["copies"]
+
+    def _seconds(self, make: Callable[[], Call], what: tuple) -> float | None:
+        try:
+            return self._median(make())
+        except (RuntimeError, ImportError, AttributeError) as error:  # no such kernel here, or no room for it
+            log.warning("no ceiling of %s: %s", what, str(error).partition("\n")[0])
+            return None
+
+    def _median(self, call: Call) -> float:
+        return statistics.median(interleaved({"": call}, RUNS, self.device)[""])
+
+
+def attention_call(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Call:
+    """Attention over random tokens. sizes: B L N D."""
+    q, k, v = (torch.randn(sizes, device=device, dtype=dtype) for _ in range(3))
+    return lambda: attend(q, k, v)
+
+
+def copy_call(source: torch.device, target: torch.device, count: int) -> Call:
+    """A copy of that many bytes; from main memory, of page-locked ones."""
+    given = torch.ones(count, dtype=torch.uint8, device=source)
+    if source.type == "cpu" and target.type == "cuda":
+        given = given.pin_memory()
+    taken = torch.empty(count, dtype=torch.uint8, device=target)
+    return lambda: taken.copy_(given, non_blocking=True)
+
+
+def product_call(products: str, tokens: int, inner: int, outer: int, device: torch.device) -> Call:
+    """A product of random matrices with the kernel that torch has for it."""
+    rows, weight = (torch.randn(n, inner, device=device, dtype=torch.bfloat16) for n in (tokens, outer))
+    if products == TF32:
+        rows, weight = rows.float(), weight.float()
+        return lambda: tf32_product(rows, weight)
+    if products in TYPES:
+        rows, weight = rows.to(TYPES[products]), weight.to(TYPES[products])
+        return lambda: F.linear(rows, weight)
+    if products == "int8":
+        rows, weight = (torch.randint(-127, 128, t.shape, device=device, dtype=torch.int8) for t in (rows, weight))
+        return lambda: torch._int_mm(rows, weight.t())
+    scales = [torch.ones(n, device=device) for n in (tokens, outer)]
+    rows, weight = rows.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    return lambda: scaled_product(rows, weight, scales[0][:, None], scales[1][None])
+
+
+def tf32_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """float32 rounded to TF32, as convolutions are by default."""
+    flags = torch.backends.cuda.matmul
+    before, flags.allow_tf32 = flags.allow_tf32, True
+    try:
+        return F.linear(rows, weight)
+    finally:
+        flags.allow_tf32 = before
+
+
+def scaled_product(rows: Tensor, weight: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
+    """float8 times float8 with one scale per row and column, summed up fast."""
+    return torch._scaled_mm(
+        rows, weight.t(), scale_a=row_scales, scale_b=column_scales, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
