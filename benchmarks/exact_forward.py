@@ -26,9 +26,9 @@ from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
 from wan_s2v_core.bench.measure import interleaved, read_commit, relative_l2  # noqa: E402
 from wan_s2v_core.config import S2VModelConfig  # noqa: E402
 from wan_s2v_core.model.attention import EXACT_BACKENDS  # noqa: E402
-from wan_s2v_core.model.block import Pointwise  # noqa: E402
 from wan_s2v_core.model.checkpoint import dit_name  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer  # noqa: E402
+from wan_s2v_core.model.pointwise import Pointwise  # noqa: E402
 
 RUNS, TIMESTEP = 5, 723.0
 CARD, EXACT = torch.device("cuda"), AccelerationPlan()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_s2v_core.model.dit import S2VTransformer
+from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.seams import BlockContext
 
 
@@ -43,7 +44,7 @@ def gelu_weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     return (made * weights[..., None]).flatten(-2).to(hidden.dtype)
 
 
-class BatchedPointwise:
+class BatchedPointwise(Pointwise):
     """At the seam `block.pointwise`, for batches: equal to the plain one."""
 
     @staticmethod

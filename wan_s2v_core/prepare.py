@@ -16,7 +16,9 @@ from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
+from .acceleration.keys_values import keep_keys_values
 from .acceleration.normalization import swap_channel_norms
+from .acceleration.pointwise import fuse_pointwise, part_pointwise
 from .acceleration.quantization import swap_linears
 from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
@@ -104,6 +106,10 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> Chosen:
         block.attention.attend = attend
     if is_sparse:
         model.stack = BrickOrder(model.stack, sparse)
+    part_pointwise(model)
+    if plan.fused:
+        fuse_pointwise(model)
+    keep_keys_values(model)
     log.info("attention: %s%s", chosen.name, f", {plan.sparse_keep:.0%} of it" if is_sparse else "")
     return chosen
 

@@ -40,15 +40,45 @@ class BlockContext:
     """How noisy they are, 0 to 1000; the largest where batch entries differ."""
     branch: str = "cond"
     """Which guidance branch this is, for caches that must keep the branches apart."""
+    frame_tokens: int = 0
+    """Noisy tokens of one latent frame in the whole sequence, also where only a part of it is at hand; 0: unknown."""
+
+    @property
+    def has_all_frames(self) -> bool:
+        """Whether the noisy tokens at hand are all there are: every latent frame, whole and in order."""
+        return self.noisy_tokens == self.frame_tokens * self.audio_tokens.shape[1]
 
     def segments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy tokens, and the rest. B L ... -> two views."""
         return tokens[:, : self.noisy_tokens], tokens[:, self.noisy_tokens :]
 
 
+@dataclass(frozen=True)
+class Rows8:
+    """Activations as 8-bit rows, in place of a tensor B L E where a product takes them. row = values * scale.
+
+    A layer that takes them says so in an attribute `rows_dtype`, the 8-bit type that it wants; others get tensors.
+    """
+
+    values: Tensor
+    """B L E, float8_e4m3fn or int8."""
+    scale: Tensor
+    """B L 1, float32; NaN for a row that held one."""
+    dtype: torch.dtype
+    """Precision of the product's result."""
+
+    def dequantized(self) -> Tensor:
+        """B L E in `dtype`, for whoever cannot multiply 8-bit rows."""
+        return (self.values.float() * self.scale).to(self.dtype)
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, BlockContext], Tensor]
 """(q, k, v: B L N D, context) -> B L N D, without a mask."""
 Stack = Callable[[Tensor, BlockContext], Tensor]
-"""(tokens: B L E, context) -> B L E."""
+"""(tokens: B L E, context) -> B L E.
+
+Outside of training a stack may write its result over the tokens it was given, and a block likewise: who needs them
+afterwards, such as a cache of differences, takes a copy first.
+"""
 Denoiser = Callable[[Tensor, float], Tensor]
 """(latents: B C F h w, timestep in 0..1000) -> velocity of the same shape."""

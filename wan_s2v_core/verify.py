@@ -147,11 +147,12 @@ def run_dit_forward(case: Case) -> Measured:
     def tap(module: torch.nn.Module, names: tuple[str, ...]) -> None:
         def keep(_, __, outputs):
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            taps.update(zip(names, outputs, strict=False))
+            # Copies: what comes next may write over the stream of tokens (seams.Stack).
+            taps.update({name: None if t is None else t.clone() for name, t in zip(names, outputs, strict=False)})
 
         module.register_forward_hook(keep)
 
-    model.stack.register_forward_pre_hook(lambda _, arguments: taps.update({"tap.tokens_in": arguments[0]}))
+    model.stack.register_forward_pre_hook(lambda _, arguments: taps.update({"tap.tokens_in": arguments[0].clone()}))
     tap(model.audio_encoder, ("tap.audio_local_full", "tap.audio_global_full"))
     tap(model.stack.blocks[0], ("tap.block0_pre_audio",))
     injected = 0 in model.config.injected_blocks

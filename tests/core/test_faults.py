@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from wan_s2v_core import pipeline, verify
 from wan_s2v_core.conditioning import audio as conditioning_audio
-from wan_s2v_core.model import audio, audio_encoder, block, dit, motion, rope, text_encoder, vae
+from wan_s2v_core.model import audio, audio_encoder, block, dit, motion, pointwise, rope, text_encoder, vae
 from wan_s2v_core.sampling import clips, schedule, solvers
 
 DIT, PIPELINE, SPEECH = "dit_tiny_b_motion73", "pipeline_tiny_pose_dpmpp", "audio_tiny"
@@ -84,14 +84,14 @@ def columns_first(x, ropes):
     return ORIGINAL_ROTATE(x, ropes.flip(-1))
 
 
-ORIGINAL_ROTATE = block.Pointwise.rotate
+ORIGINAL_ROTATE = pointwise.Pointwise.rotate
 
 
 def other_eps(x, shift, scale, eps):
     return ORIGINAL_NORM(x, shift, scale, 1e-4)
 
 
-ORIGINAL_NORM = block.norm_rows
+ORIGINAL_NORM = pointwise.norm_rows
 
 
 def all_tokens_timed(self, timestep):
@@ -152,9 +152,9 @@ def unmasked(self, ids, mask):
 FAULTS = {
     "rotary times of the quarter bucket": (DIT, rope_positions(moved_quarter_bucket)),
     "rotary time of the picture": (DIT, (rope, "REFERENCE_TIME", 31)),
-    "rotary axes in another order": (DIT, (block.Pointwise, "rotate", staticmethod(columns_first))),
-    "eps of the block norms": (DIT, (block, "norm_rows", other_eps)),
-    "shift and scale swapped": (DIT, (block, "norm_rows", swapped_arguments(block.norm_rows, 1, 2))),
+    "rotary axes in another order": (DIT, (pointwise.Pointwise, "rotate", staticmethod(columns_first))),
+    "eps of the block norms": (DIT, (pointwise, "norm_rows", other_eps)),
+    "shift and scale swapped": (DIT, (pointwise, "norm_rows", swapped_arguments(pointwise.norm_rows, 1, 2))),
     "shift and scale of the injection swapped": (DIT, (audio.AudioInjector, "frame_modulation", scale_first)),
     "zeros instead of repeated audio before the start": (DIT, (audio.CausalConv, "forward", zero_padded)),
     "audio padding token first": (DIT, (audio.CausalAudioEncoder, "forward", padding_token_first)),

@@ -11,9 +11,9 @@ from wan_s2v_core.config import UNUSED, S2VModelConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import PACKED_MOTION_LATENTS
 from wan_s2v_core.model.attention import scaled_dot_product
-from wan_s2v_core.model.block import Pointwise
 from wan_s2v_core.model.dit import S2VTransformer, timestep_features
 from wan_s2v_core.model.motion import PatchProjection
+from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.model.rope import packed_motion_positions, rotary_table, rotate
 
 

@@ -1,11 +1,12 @@
 """Self-attention over all tokens and cross-attention to text or audio tokens."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..seams import Attend, BlockContext
-from .rope import rotate
+from .pointwise import Activations, Pointwise
 
 EXACT_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -47,21 +48,49 @@ class SelfAttention(Attention):
         super().__init__(width, heads, eps)
         self.attend: Attend = sdpa
 
-    def forward(self, x: Tensor, context: BlockContext, turn=rotate) -> Tensor:  # x: B L E
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # B L N D
-        return self.out(self.attend(turn(q, context.rope), turn(k, context.rope), v, context).flatten(2))
+    def forward(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:  # B L E
+        # Nothing here holds queries, keys and values any longer than the attention itself needs them.
+        return self.out(self.attend(*self.queries_keys_values(x, context, step), context).flatten(2))
+
+    def queries_keys_values(self, x: Activations, context: BlockContext, step: Pointwise) -> tuple[Tensor, ...]:
+        """B L E -> three of B L N D."""
+        q = step.heads_of(self.q(x), self.norm_q, self.heads, context.rope)
+        k = step.heads_of(self.k(x), self.norm_k, self.heads, context.rope)
+        return q, k, self.v(x).unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(Attention):
     """Attention of the tokens to a few others. `keys_values` is a seam: they depend on no timestep."""
 
     def keys_values(self, others: Tensor) -> tuple[Tensor, Tensor]:
-        """B L E -> two of B L N D."""
+        """B ... E -> two of B ... N D."""
         k, v = self.norm_k(self.k(others)), self.v(others)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-        """B L E, B L(others) E -> B L E; `mask`: L L(others), true where a token sees another."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
-        return self.out(scaled_dot_product(q, *self.keys_values(others), mask).flatten(2))
+    def forward(self, x: Activations, others: Tensor, step: Pointwise, seen: Tensor | None = None) -> Tensor:
+        """What the tokens hear of the others.
+
+        Args:
+            x: B L E.
+            others: B L(others) E, which every token sees, or B G L(others) E, groups of them.
+            seen: L, the group that each token sees. None where the tokens are as many equal runs as there are groups,
+                in order: each run then sees its own.
+        Returns:
+            B L E.
+        """
+        q = step.heads_of(self.q(x), self.norm_q, self.heads)
+        k, v = self.keys_values(others)
+        return self.out(self.hear(q, k, v, seen).flatten(2))
+
+    @staticmethod
+    def hear(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """q: B L N D; k, v: B L(others) N D or B G L(others) N D -> B L N D."""
+        if k.dim() == 4:
+            return scaled_dot_product(q, k, v)
+        groups, size = k.shape[1:3]
+        if seen is None:
+            runs = q.unflatten(1, (groups, -1)).flatten(0, 1)  # BG L/G N D
+            k, v = (t.expand(len(q), -1, -1, -1, -1).flatten(0, 1) for t in (k, v))
+            return scaled_dot_product(runs, k, v).unflatten(0, (-1, groups)).flatten(1, 2)
+        group_of_key = torch.arange(groups, device=q.device).repeat_interleave(size)
+        return scaled_dot_product(q, k.flatten(1, 2), v.flatten(1, 2), seen[:, None] == group_of_key)

@@ -8,6 +8,7 @@ from ..config import S2VModelConfig
 from ..geometry import latent_frames_of
 from ..seams import BlockContext
 from .attention import CrossAttention
+from .pointwise import Pointwise
 
 AUDIO_EPS = 1e-6
 """Of every norm on the voice's way, whatever eps the config sets for the blocks."""
@@ -92,7 +93,8 @@ class CausalAudioEncoder(nn.Module):
 class AudioInjector(nn.Module):
     """Adds the voice to the noisy tokens: each one listens to the audio tokens of its own latent frame.
 
-    Which frame that is comes from `context.frame_index`, so any part of a split sequence can be served alone.
+    Which frame that is comes from `context.frame_index`, so any part of a split sequence can be served alone. With all
+    of them at hand, latent frames go through the attention as a batch, which takes no mask.
     """
 
     def __init__(self, config: S2VModelConfig):
@@ -101,18 +103,14 @@ class AudioInjector(nn.Module):
         self.attention = CrossAttention(config.width, config.heads, AUDIO_EPS)
         if config.modulates_audio:
             self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.pointwise = Pointwise()
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:  # B L E, float32
-        noisy, rest = context.segments(x)
-        normed = F.layer_norm(noisy, noisy.shape[-1:], eps=self.eps)
-        if context.audio_frames is not None:
-            shift, gain = self.frame_modulation(context.audio_frames)
-            normed = torch.addcmul(shift[:, context.frame_index], normed, gain[:, context.frame_index])
-        frames, tokens_per_frame = context.audio_tokens.shape[1:3]
-        heard_frame = torch.arange(frames, device=x.device).repeat_interleave(tokens_per_frame)
-        own_frame = context.frame_index[:, None] == heard_frame  # L(noisy) F*L(audio)
-        heard = self.attention(normed.to(context.dtype), context.audio_tokens.flatten(1, 2), own_frame)
-        return torch.cat([noisy + heard, rest], dim=1)
+        step, frames = self.pointwise, context.audio_frames
+        shift, gain = (None, None) if frames is None else self.frame_modulation(frames)
+        normed = step.frame_norm(x, shift, gain, self.eps, context)
+        own_frame = None if context.has_all_frames else context.frame_index
+        return step.add_to_noisy(x, self.attention(normed, context.audio_tokens, step, own_frame), context)
 
     def frame_modulation(self, audio_frames: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and gain of each latent frame, from its vector B F E. Two of B F E in float32."""

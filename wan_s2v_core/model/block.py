@@ -1,45 +1,13 @@
 """One transformer block: self-attention, cross-attention to the text, feed-forward; two of the three are modulated."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import S2VModelConfig
 from ..seams import BlockContext
 from .attention import CrossAttention, SelfAttention
 from .experts import Gate, RoutedFeedForward
-from .rope import rotate
-
-
-class Pointwise:
-    """The memory-bound steps between the products, one at a time. The seam for fused kernels.
-
-    The stream of tokens is float32; what enters a product is in the compute precision. Shifts, scales and gates
-    have two rows, one for noisy tokens and one for the others. The others are few: doing all tokens with the first
-    row and then these again costs less than putting two parts together.
-    """
-
-    rotate = staticmethod(rotate)
-
-    @staticmethod
-    def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:
-        """LayerNorm(x) * (1 + scale) + shift. x: B L E; shift, scale: B S E -> B L E in the compute precision."""
-        out = norm_rows(x, shift[:, 0], scale[:, 0], eps).to(context.dtype)
-        context.segments(out)[1].copy_(norm_rows(context.segments(x)[1], shift[:, 1], scale[:, 1], eps))
-        return out
-
-    @staticmethod
-    def gated_add(x: Tensor, y: Tensor, gate: Tensor, context: BlockContext) -> Tensor:
-        """x + gate * y. x, y: B L E; gate: B S E -> B L E in float32."""
-        out = torch.addcmul(x, y, gate[:, :1])
-        context.segments(out)[1].copy_(torch.addcmul(context.segments(x)[1], context.segments(y)[1], gate[:, 1:]))
-        return out
-
-
-def norm_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift as the norm's own weight and bias. x: B L E; shift, scale: B E -> B L E."""
-    rows = [F.layer_norm(t, t.shape[-1:], 1 + a, b, eps) for t, a, b in zip(x.split(1), scale, shift, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+from .pointwise import Activations, Pointwise
 
 
 class FeedForward(nn.Module):
@@ -48,9 +16,10 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.pointwise = Pointwise()
 
-    def forward(self, x: Tensor) -> Tensor:  # B L E
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def forward(self, x: Activations) -> Tensor:  # B L E
+        return self.down(self.pointwise.activated(self.up, x))
 
 
 def make_feed_forward(config: S2VModelConfig) -> FeedForward | RoutedFeedForward:
@@ -82,7 +51,8 @@ class Block(nn.Module):
         rows = (self.modulation[:, None] + context.modulation).unbind(2)  # six of B S E
         shift, scale, gate, forward_shift, forward_scale, forward_gate = rows
         normed = step.modulated_norm(x, shift, scale, self.eps, context)
-        x = step.gated_add(x, self.attention(normed, context, step.rotate), gate, context)
-        x = x + self.cross_attention(self.cross_norm(x).to(context.dtype), context.text)
-        normed = step.modulated_norm(x, forward_shift, forward_scale, self.eps, context)
+        x, normed = step.gated_add_norm(x, self.attention(normed, context, step), gate, self.cross_norm, context)
+        heard = self.cross_attention(normed, context.text, step)
+        x, normed = step.add_modulated_norm(x, heard, forward_shift, forward_scale, self.eps, context)
+        del heard  # a tenth of what a forward holds at its peak
         return step.gated_add(x, self.feed_forward(normed), forward_gate, context)

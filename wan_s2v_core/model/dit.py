@@ -17,8 +17,9 @@ from ..errors import ConfigError
 from ..geometry import PACKED_MOTION_LATENTS, PATCH
 from ..seams import BlockContext
 from .audio import AudioInjector, CausalAudioEncoder
-from .block import Block, norm_rows
+from .block import Block
 from .motion import MotionPacker, PatchProjection
+from .pointwise import norm_rows
 from .rope import rotary_table
 
 NOISY, REFERENCE, MOTION = range(3)
@@ -227,6 +228,7 @@ class S2VTransformer(nn.Module):
             grid=condition.grid,
             timestep=timestep,
             branch=condition.branch,
+            frame_tokens=tokens[1] * tokens[2],
         )
         return torch.cat([noisy, condition.side_tokens.expand(noisy.shape[0], -1, -1)], dim=1), context
 
