@@ -7,7 +7,8 @@ from torch import Tensor, nn
 class VideoVAE(nn.Module):
     """Video to normalised latents and back. Latents are the posterior's mean; no noise is drawn.
 
-    Frames beyond 4n+1 are ignored by `encode`, as in the reference.
+    Frames beyond 4n+1 are ignored by `encode`, as in the reference. `network` is the seam: one that encodes and decodes
+    in the same way, such as `acceleration.vae.network.FastNetwork`, may take its place.
     """
 
     def __init__(self, width: int = 96, latent_channels: int = 16):
@@ -20,7 +21,7 @@ class VideoVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.quant_conv.weight.dtype
+        return self.network.dtype
 
     def _statistic(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)

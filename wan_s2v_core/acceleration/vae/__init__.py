@@ -1,0 +1,1 @@
+"""The video VAE, fast: see `network.speed_up`."""
