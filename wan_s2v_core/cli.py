@@ -22,7 +22,7 @@ from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
     from .bench.cases import BenchRequest
-    from .config import ExpertRouting, SamplingConfig, VideoConfig
+    from .config import AccelerationPlan, ExpertRouting, SamplingConfig, VideoConfig
     from .render import RenderRequest
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
-    from .config import ExpertRouting, VideoConfig
+    from .config import AccelerationPlan, ExpertRouting, VideoConfig
     from .render import RenderRequest, earlier_seed
 
     for flag, needs in NOT_YET.items():
@@ -108,7 +108,16 @@ def run_generate(options: argparse.Namespace) -> int:
         gate_dropout=options.moe_gate_dropout,
         gate_dropout_seed=sampling.seed if options.moe_gate_dropout else None,
     )
-    return make_video(request, video, sampling, options.json, routing)
+    acceleration = AccelerationPlan(
+        attention=options.attention,
+        sparse_keep=options.sparse_keep,
+        sparse_by=options.sparse_by,
+        sparse_dense_steps=options.sparse_dense_steps,
+        sparse_dense_blocks=options.sparse_dense_blocks,
+        fused=options.fused,
+        vae=options.vae_precision,
+    )
+    return make_video(request, video, sampling, options.json, routing, acceleration)
 
 
 def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
@@ -159,11 +168,12 @@ def make_video(
     sampling: "SamplingConfig",
     as_json: bool,
     routing: "ExpertRouting | None" = None,
+    acceleration: "AccelerationPlan | None" = None,
 ) -> int:
     from .render import clips_folder, render
 
     try:
-        report = render(request, video, sampling, None if as_json else show_step, routing)
+        report = render(request, video, sampling, None if as_json else show_step, routing, acceleration)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
         print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
@@ -343,7 +353,11 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--timing", default="aligned", help="aligned, or reference: pictures 3 frames ahead of the sound")
     add("--clip_plan", default="audio", help="audio: as long as the sound; reference: whole clips")
     add("--device", help="cuda if there is a card, else cpu")
-    add("--precision", help="bfloat16 (default on a card), float16, float32 (default on a CPU) or float8-weights")
+    add(
+        "--precision",
+        help="bfloat16 (default on a card), float16, float32 (default on a CPU), float8-weights (half the memory), or "
+        "products in 8 bits too: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100 and later)",
+    )
     add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
     add(
         "--colour_match",
@@ -358,6 +372,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)
     add_experts(make)
     add_noise_experts(make)
+    add_speed(make)
     for flag in ("tts_prompt_audio", "tts_prompt_text", "tts_text"):
         add(f"--{flag}", help=argparse.SUPPRESS)
 
@@ -376,6 +391,59 @@ def add_experts(make: argparse.ArgumentParser) -> None:
     add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once (bounds memory); all by default")
     add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
     add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
+
+
+def add_speed(make: argparse.ArgumentParser) -> None:
+    """How networks are made faster."""
+    from .config import SPARSE_BY_SCORES, SPARSE_CHOICES, VAE_WAYS, AccelerationPlan
+
+    usual = AccelerationPlan()
+    add = make.add_argument_group(
+        "speed", "exact unless said otherwise; --precision float8 or int8 belongs here too"
+    ).add_argument
+    add(
+        "--attention",
+        default=usual.attention,
+        help="auto: the fastest exact one here; auto8: the fastest in 8 bits; or one of flash4, hopper, sdpa, triton "
+        "(exact), hopper8, sage, triton8 (8 bits)",
+    )
+    add(
+        "--sparse_keep",
+        type=float,
+        default=usual.sparse_keep,
+        help="share of attention that is computed; lossy below 1 (default %(default)s)",
+    )
+    add(
+        "--sparse_by",
+        default=SPARSE_BY_SCORES,
+        choices=SPARSE_CHOICES,
+        help="what is kept: what queries and keys say, or what is near (default %(default)s)",
+    )
+    add(
+        "--sparse_dense_steps",
+        type=int,
+        default=usual.sparse_dense_steps,
+        help="first steps of a clip that compute all of it (default %(default)s)",
+    )
+    add(
+        "--sparse_dense_blocks",
+        type=int,
+        default=usual.sparse_dense_blocks,
+        help="first blocks that do (default %(default)s)",
+    )
+    add(
+        "--fused",
+        type=yes_or_no,
+        default=True,
+        metavar="True|False",
+        help="one kernel for each step between products, on a card with Triton (default True)",
+    )
+    add(
+        "--vae_precision",
+        default=usual.vae,
+        choices=VAE_WAYS,
+        help="auto: bfloat16 with kernels of our own on a card, unless --precision is float32",
+    )
 
 
 def add_noise_experts(make: argparse.ArgumentParser) -> None:

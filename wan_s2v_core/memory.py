@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .config import AccelerationPlan
 from .model.checkpoint import TEXT_ENCODER, kind_of
 from .model.loading import load
 
@@ -60,6 +61,8 @@ class Networks(Protocol):
 
     device: torch.device
     """Where stages compute, and where their tensors are."""
+    loading: "Loading"
+    """How they are loaded and made faster."""
 
     def use(self, name: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
         """A network on its device, for one stage that needs `working_bytes` besides the weights. `name`: its kind, or
@@ -70,6 +73,7 @@ class Loading(Protocol):
     """How networks are loaded; see `prepare.LoadPlan`."""
 
     device: torch.device
+    acceleration: AccelerationPlan
 
     def dtype(self, kind: str) -> torch.dtype: ...
 

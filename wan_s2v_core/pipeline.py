@@ -26,10 +26,11 @@ from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, T
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
-from .prepare import LoadPlan, picture_facts
+from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed
+from .sampling.schedule import make_schedule
 from .seams import Denoiser
 
 log = logging.getLogger(__name__)
@@ -310,6 +311,9 @@ class S2VPipeline:
         @contextmanager
         def expert(name: str) -> Iterator[Denoiser]:
             with self.network(name, sampling_bytes(noise)) as model:
+                plan = self.networks.loading.acceleration
+                accelerate(model, plan)
+                set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
                 set_routing(model, routing or ExpertRouting())
                 take_load(model)
                 yield clip_denoiser(model, inputs, negative_text, config)

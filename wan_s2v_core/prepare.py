@@ -1,6 +1,7 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from .acceleration.experts.split import apply_split, load_split, plan_split, sav
 from .acceleration.keys_values import keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise
-from .acceleration.quantization import swap_linears
+from .acceleration.quantization import check_device, swap_linears
+from .acceleration.vae.network import speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.dit import S2VTransformer
@@ -30,17 +32,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored and products computed in the DiT; the text encoder shares the type of its products."""
+    """How weights are stored and products computed in the DiT; the text encoder has the same type without 8 bits."""
 
     dtype: torch.dtype
-    has_float8_weights: bool = False
+    linears: str | None = None
+    """Which 8-bit layers take the place of the plain ones, one of `quantization.LINEARS`; None: none."""
 
 
 PRECISIONS = {
     "bfloat16": Precision(torch.bfloat16),
     "float16": Precision(torch.float16),
     "float32": Precision(torch.float32),
-    "float8-weights": Precision(torch.bfloat16, has_float8_weights=True),
+    "float8-weights": Precision(torch.bfloat16, "float8-weights"),
+    "float8": Precision(torch.bfloat16, "float8"),
+    "int8": Precision(torch.bfloat16, "int8"),
 }
 
 
@@ -53,6 +58,16 @@ class LoadPlan:
     """Where they compute."""
     split_experts: int = 0
     """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
+    acceleration: AccelerationPlan = AccelerationPlan()
+    """How they are made faster. What concerns the DiT is attached by `accelerate`, when it is used."""
+
+    @property
+    def has_fast_vae(self) -> bool:
+        """Whether the VAE computes in bfloat16 with kernels of its own; on CPUs other ways are faster."""
+        is_wanted = self.acceleration.vae == "bfloat16"
+        if self.acceleration.vae == AUTO:
+            is_wanted = self.precision.dtype != torch.float32
+        return is_wanted and self.device.type == "cuda"
 
     def dtype(self, kind: str) -> torch.dtype:
         """VAE and audio encoder stay in full precision, as in the reference."""
@@ -61,6 +76,8 @@ class LoadPlan:
     def concerning(self, kind: str, path: str | Path) -> tuple:
         """What of this plan makes another network of that kind, loaded from `path`."""
         general = self.dtype(kind), self.device
+        if kind == VAE:
+            return *general, self.has_fast_vae
         if kind != DIT:
             return general
         return *general, self.precision, self.split_experts, split_stamp(Path(path), self.split_experts)
@@ -70,8 +87,8 @@ class LoadPlan:
         return partial(self._prepare, kind)
 
     def _prepare(self, kind: str, network: nn.Module) -> None:
-        if kind == DIT and self.precision.has_float8_weights:
-            swap_linears(network)
+        if kind == DIT and self.precision.linears:
+            swap_linears(network, self.precision.linears)
         if kind == VAE and self.device.type == "cpu":
             flatten_convolutions(network)
             swap_channel_norms(network)
@@ -82,20 +99,37 @@ class LoadPlan:
             split_into_experts(network, Path(path), self.split_experts, self.device)
         if kind == DIT:
             group_products(network)
+        if kind == VAE and self.has_fast_vae:
+            speed_up(network, self.device)
 
 
-def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> Chosen:
-    """Attach what a plan says to a loaded DiT at its seams, in place of what was attached before.
+ACCELERATED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+"""Model -> plan and device that it is made faster with now."""
 
-    Returns:
-        The attention that is used.
+
+def choose_attention(
+    plan: AccelerationPlan, config: S2VModelConfig, dtype: torch.dtype, device: torch.device
+) -> Chosen:
+    """The attention that a plan leads to.
+
     Raises:
-        BackendUnavailable: if it needs an attention that cannot be used here.
+        BackendUnavailable: if it needs one that cannot be used here.
         ConfigError: if there is none of that name.
     """
-    setting = Setting(model.device, model.dtype, model.config.head_width)
+    return choose(plan.attention, Setting(device, dtype, config.head_width), takes_lists=plan.sparse_keep < 1)
+
+
+def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
+    """Attach what a plan says to a loaded DiT at its seams, in place of what was attached before.
+
+    Raises:
+        BackendUnavailable, ConfigError: as for `choose_attention`.
+    """
+    if ACCELERATED.get(model) == (plan, model.device):
+        return
+    ACCELERATED.pop(model, None)
     is_sparse = plan.sparse_keep < 1
-    chosen = choose(plan.attention, setting, takes_lists=is_sparse)
+    chosen = choose_attention(plan, model.config, model.dtype, model.device)
     if isinstance(model.stack, BrickOrder):
         model.stack = model.stack.stack
     sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, plan.sparse_dense_blocks)
@@ -110,8 +144,8 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> Chosen:
     if plan.fused:
         fuse_pointwise(model)
     keep_keys_values(model)
+    ACCELERATED[model] = plan, model.device
     log.info("attention: %s%s", chosen.name, f", {plan.sparse_keep:.0%} of it" if is_sparse else "")
-    return chosen
 
 
 def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_steps: int) -> None:
@@ -131,7 +165,9 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
     return {
         "torch": torch.__version__,
         "device": loading.device.type,
-        "float8": loading.precision.has_float8_weights,
+        "linears": loading.precision.linears,
+        "acceleration": loading.acceleration.to_dict(),
+        "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
         "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
         "dit": parts[DIT].config.to_dict(),
@@ -172,16 +208,25 @@ def split_into_experts(model: nn.Module, checkpoint: Path, experts: int, device:
     apply_split(model, split)
 
 
-def plan_loading(precision: str, device: torch.device, split_experts: int = 0) -> LoadPlan:
+def plan_loading(
+    precision: str,
+    device: torch.device,
+    split_experts: int = 0,
+    acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
+) -> LoadPlan:
     """The plan for a precision of that name; auto is bfloat16, and float32 on a CPU.
 
     Raises:
         ConfigError: if there is none of that name.
+        BackendUnavailable: if the device cannot compute in it.
     """
     check_choice("precision", precision, (AUTO, *PRECISIONS))
     if precision == AUTO:
         precision = "float32" if device.type == "cpu" else "bfloat16"
-    return LoadPlan(PRECISIONS[precision], device, split_experts)
+    chosen = PRECISIONS[precision]
+    if chosen.linears:
+        check_device(chosen.linears, device)
+    return LoadPlan(chosen, device, split_experts, acceleration)
 
 
 def choose_routing(config: S2VModelConfig, routing: ExpertRouting, split_experts: int) -> ExpertRouting | None:

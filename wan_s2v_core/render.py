@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .conditioning.bundle import make_conditioning
 from .conditioning.image import read_picture, to_frames
-from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
+from .config import DEFAULT_NEGATIVE_PROMPT, AccelerationPlan, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
 from .errors import ConfigError
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
@@ -20,7 +20,7 @@ from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .model.checkpoint import DIT
 from .model.loading import find_part
 from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, choose_routing, plan_loading
+from .prepare import AUTO, choose_attention, choose_routing, plan_loading
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def render(
     sampling: SamplingConfig,
     on_step: Callable[[int, int, int], None] | None = None,
     routing: ExpertRouting | None = None,
+    acceleration: AccelerationPlan | None = None,
 ) -> RenderReport:
     """Make the video.
 
@@ -92,16 +93,18 @@ def render(
     Args:
         on_step: called with clip, number of clips and step (clip and step from 1) after each step; may raise to stop.
         routing: how experts are used; a dense model has none and says so.
+        acceleration: how networks are made faster.
     """
     began, target = time.monotonic(), Path(request.save_file)
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
-    routing = routing or ExpertRouting()
+    routing, acceleration = routing or ExpertRouting(), acceleration or AccelerationPlan()
     settings = {
         "request": request.to_dict(),
         "video": video.to_dict(),
         "sampling": sampling.to_dict(),
         "routing": routing.to_dict(),
+        "acceleration": acceleration.to_dict(),
     }
     folder = clips_folder(target)
     check_earlier(folder, settings)
@@ -109,11 +112,13 @@ def render(
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts)
+    device, config = usable_device(request.device), find_part(request.checkpoint, DIT).config
+    loading = plan_loading(request.precision, device, request.split_experts, acceleration)
+    choose_attention(acceleration, config, loading.precision.dtype, device)  # a wrong one is told before anything loads
     text_device = "cpu" if request.text_on_cpu else None
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert)
     pipeline = S2VPipeline(networks)
-    usable = choose_routing(find_part(request.checkpoint, DIT).config, routing, request.split_experts)
+    usable = choose_routing(config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
     conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
@@ -167,7 +172,9 @@ def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
         ConfigError: if there are any that this run cannot go on from, as far as its settings show.
     """
     before = read_settings(folder)
-    if not stored_keys(folder) or any(before.get(name) != settings[name] for name in ("sampling", "routing")):
+    if not stored_keys(folder) or any(
+        before.get(name) != settings[name] for name in ("sampling", "routing", "acceleration")
+    ):
         check_unused(folder)
 
 

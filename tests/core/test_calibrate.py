@@ -107,7 +107,7 @@ def test_a_file_is_replaced_on_demand_alone(run_cli, checkpoint):
         (["--steps", "0"], "steps=0"),
         (["--size", "big"], "--size big"),
         (["--infer_frames", "21"], "clip_frames=21"),
-        (["--precision", "int8"], "precision='int8'"),
+        (["--precision", "int3"], "precision='int3'"),
         (["--device", "foo"], "device 'foo'"),
         (["--audio", "no.wav"], "no.wav is not there"),
         (["--image", "no.png"], "no.png is not there"),

@@ -283,7 +283,7 @@ BAD = {
     "timing": ({"timing": "late"}, "timing='late'"),
     "clip plan": ({"clip_plan": "none"}, "clip_plan='none'"),
     "number of clips": ({"num_clip": 0}, "clips=0"),
-    "precision": ({"precision": "int8"}, "precision='int8'"),
+    "precision": ({"precision": "int3"}, "precision='int3'"),
     "folder to save to": ({"save_file": "nowhere/out.mp4"}, "nowhere"),
     "kind of video": ({"save_file": "out.avi"}, "out.avi ends in no known kind"),
     "device": ({"device": "foo"}, "device 'foo' cannot be used"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..acceleration.attention.registry import BACKENDS, Chosen, Setting, choose, try_backend
+from ..acceleration.attention.registry import BACKENDS, Chosen, Setting, try_backend
 from ..assets import CHECKPOINT, embedded
 from ..config import UNUSED, AccelerationPlan, JsonConfig, S2VModelConfig, check_choice
 from ..model.audio_encoder import SpeechEncoder
@@ -19,7 +19,7 @@ from ..model.dit import ClipInputs, S2VTransformer
 from ..model.loading import find_part, load
 from ..model.text_encoder import END_OF_TEXT, TextEncoder
 from ..model.vae import VideoVAE
-from ..prepare import PRECISIONS, LoadPlan, accelerate, plan_loading
+from ..prepare import PRECISIONS, LoadPlan, accelerate, choose_attention, plan_loading
 from .flops import ForwardShape
 from .random_weights import fill_random
 
@@ -54,8 +54,7 @@ def resolve(plan: AccelerationPlan, config: S2VModelConfig, precision: str, devi
     Raises:
         BackendUnavailable, ConfigError: if it leads to none.
     """
-    setting = Setting(device, PRECISIONS[precision].dtype, config.head_width)
-    return replace(plan, attention=choose(plan.attention, setting, takes_lists=plan.sparse_keep < 1).name)
+    return replace(plan, attention=choose_attention(plan, config, PRECISIONS[precision].dtype, device).name)
 
 
 def attention_bits(plan: AccelerationPlan) -> int:

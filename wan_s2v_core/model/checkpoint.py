@@ -406,6 +406,19 @@ def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
     return entry.read().float() * scale.read().float().view(-1, *[1] * (len(entry.shape) - 1))
 
 
+def read_stored(entries: Mapping[str, WeightEntry], name: str) -> tuple[Tensor, Tensor] | None:
+    """The values of a float8 weight as the file has them, rows columns, and the scale of each row, rows 1 in float32.
+
+    None where that is not what the file has: a weight of another type, or of the kind of float8 with a longer range
+    (e5m2), which no product is made for.
+    """
+    entry, scale = entries[name], find_scale(entries, name)
+    if entry.dtype != torch.float8_e4m3fn or len(entry.shape) != 2:
+        return None
+    factors = torch.ones(1, 1) if scale is None else scale.read().float().view(-1, 1)
+    return entry.read(), factors.expand(entry.shape[0], 1)
+
+
 def find_scale(entries: Mapping[str, WeightEntry], name: str) -> WeightEntry | None:
     base = name.removesuffix(".weight")
     return next((entries[key] for suffix in SCALE_SUFFIXES if (key := f"{base}.{suffix}") in entries), None)

@@ -31,6 +31,7 @@ from .checkpoint import (
     infer_speech_settings,
     infer_text_sizes,
     infer_vae_sizes,
+    read_stored,
     read_weight,
     recognize,
     speech_config,
@@ -238,7 +239,8 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
             continue
         theirs, target = part.found.naming(inner), torch.float32 if keeps(name) else dtype
         try:
-            place(network, name, read_weight(part.found.entries, theirs).to(device), target)
+            if not place_stored(network, name, part.found, theirs, device):
+                place(network, name, read_weight(part.found.entries, theirs).to(device), target)
         except CheckpointError as error:
             raise CheckpointError(f"{part.weights.path}: {theirs}: {error}") from error
     network.requires_grad_(False).eval()
@@ -260,6 +262,20 @@ def place(network: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype
         setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
     if name == "network.shared.weight":  # umT5 looks its tokens up through a second name
         network.network.encoder.embed_tokens.weight = network.network.shared.weight
+
+
+def place_stored(network: nn.Module, name: str, found: Recognized, theirs: str, device: torch.device | str) -> bool:
+    """Give a network one of its parameters as 8-bit values with scales, the way the file has it; whether that was so.
+
+    For modules with a method `take_scaled_` and whatever the parameter is called: multiplying the values out and
+    rounding them again would cost accuracy.
+    """
+    owner, _, leaf = name.rpartition(".")
+    take = getattr(network.get_submodule(owner), f"take_scaled_{leaf}", None)
+    if take is None or (stored := read_stored(found.entries, theirs)) is None:
+        return False
+    take(*(value.to(device) for value in stored))
+    return True
 
 
 def load(

@@ -153,7 +153,7 @@ def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: 
 
 
 class BrickOrder(nn.Module):
-    """A stack whose tokens are in the order of bricks inside, and as they were outside. Exact: no block knows the order."""
+    """A stack whose tokens are in the order of bricks inside, and as they were outside. Exact: blocks know no order."""
 
     def __init__(self, stack: nn.Module, plan: SparsePlan):
         super().__init__()

@@ -24,7 +24,8 @@ from ...errors import CheckpointError, ConfigError
 from ...model.block import FeedForward
 from ...model.dit import S2VTransformer
 from ...model.experts import ROWS_AT_ONCE, UNWEIGHTED, RoutedFeedForward
-from ..quantization import Float8Linear
+from ...seams import Rows8
+from ..quantization import Linear8
 from .router import check_routing, check_split, routed_layers
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def spread_rows(rows: Tensor, count: int) -> Tensor:
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """The weight of a product in float32, whichever way it is stored."""
-    if isinstance(linear, Float8Linear):
+    if isinstance(linear, Linear8):
         return linear.dequantized(torch.float32)
     return linear.weight.detach().float()
 
@@ -256,13 +257,17 @@ class TokenSample:
         self.draws = draws[torch.cat([stay, come])]
 
 
+def as_tensor(x: Tensor | Rows8) -> Tensor:
+    return x.dequantized() if isinstance(x, Rows8) else x
+
+
 @contextmanager
 def sampled_tokens(model: S2VTransformer, size: int = SAMPLED_TOKENS, seed: int = 0) -> Iterator[list[TokenSample]]:
     """Within, a sample is taken of the tokens that come to each feed-forward, over all forwards of the model."""
     generator = torch.Generator().manual_seed(seed)
     samples = [TokenSample(size, generator) for _ in model.stack.blocks]
     hooks = [
-        block.feed_forward.register_forward_pre_hook(lambda _, inputs, sample=sample: sample.show(inputs[0]))
+        block.feed_forward.register_forward_pre_hook(lambda _, inputs, sample=sample: sample.show(as_tensor(inputs[0])))
         for block, sample in zip(model.stack.blocks, samples, strict=True)
     ]
     try:
@@ -357,23 +362,21 @@ def part_of(dense: FeedForward, neurons: Tensor) -> FeedForward:
 
 
 def linear_part(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
-    """A product with some rows (and their bias) or some columns (and no bias) of another, stored as that is.
-
-    8-bit weights stay what they are: scales are powers of two, and only part of a row never needs a larger one.
-    """
+    """A product with some rows (and their bias) or some columns (and no bias) of another, stored as that is."""
+    if isinstance(linear, Linear8):
+        return linear.part(rows, columns)
     index, dim = (rows, 0) if rows is not None else (columns, 1)
-    if type(linear) not in (nn.Linear, Float8Linear):
+    if type(linear) is not nn.Linear:
         raise CheckpointError(
             f"a feed-forward with {type(linear).__name__} cannot be split. Split before other changes to its products."
         )
-    is_8_bit = isinstance(linear, Float8Linear)
-    weight = (linear.dequantized(torch.float32) if is_8_bit else linear.weight.detach()).index_select(dim, index)
+    weight = linear.weight.detach().index_select(dim, index)
     with torch.device("meta"):
         part = nn.Linear(weight.shape[1], weight.shape[0], bias=rows is not None)
     part.weight = nn.Parameter(weight, requires_grad=False)
     if rows is not None:
         part.bias = nn.Parameter(linear.bias.detach().index_select(0, rows), requires_grad=False)
-    return Float8Linear(part) if is_8_bit else part
+    return part
 
 
 # --- the file ----------------------------------------------------------------------------------------------------
