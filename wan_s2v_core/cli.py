@@ -398,9 +398,8 @@ def add_speed(make: argparse.ArgumentParser) -> None:
     from .config import SPARSE_BY_SCORES, SPARSE_CHOICES, VAE_WAYS, AccelerationPlan
 
     usual = AccelerationPlan()
-    add = make.add_argument_group(
-        "speed", "exact unless said otherwise; --precision float8 or int8 belongs here too"
-    ).add_argument
+    speed = make.add_argument_group("speed", "exact unless said otherwise; see also --precision float8 and int8")
+    add = speed.add_argument
     add(
         "--attention",
         default=usual.attention,

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class LoadPlan:
     """Where they compute."""
     split_experts: int = 0
     """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
-    acceleration: AccelerationPlan = AccelerationPlan()
+    acceleration: AccelerationPlan = field(default_factory=AccelerationPlan)
     """How they are made faster. What concerns the DiT is attached by `accelerate`, when it is used."""
 
     @property

@@ -112,12 +112,12 @@ def render(
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    device, config = usable_device(request.device), find_part(request.checkpoint, DIT).config
+    device = usable_device(request.device)
     loading = plan_loading(request.precision, device, request.split_experts, acceleration)
-    choose_attention(acceleration, config, loading.precision.dtype, device)  # a wrong one is told before anything loads
     text_device = "cpu" if request.text_on_cpu else None
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert)
-    pipeline = S2VPipeline(networks)
+    pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
+    choose_attention(acceleration, config, loading.precision.dtype, device)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
