@@ -566,6 +566,7 @@ class NetworksInMemory:
 
     def __init__(self, networks: dict[str, nn.Module], device: torch.device):
         self.networks, self.device = networks, device
+        self.acceleration = None  # training has attached its own
 
     @contextmanager
     def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:

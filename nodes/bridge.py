@@ -204,7 +204,7 @@ class ComfyNetworks:
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.loading = replace(plan_loading(precision, card, split_experts), device=self.device)
-        self.offload = offload
+        self.offload, self.acceleration = offload, self.loading.acceleration
 
     @contextlib.contextmanager
     def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:

@@ -61,8 +61,8 @@ class Networks(Protocol):
 
     device: torch.device
     """Where stages compute, and where their tensors are."""
-    loading: "Loading"
-    """How they are loaded and made faster."""
+    acceleration: AccelerationPlan | None
+    """How the DiT is made faster for sampling; None uses it as it is."""
 
     def use(self, name: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
         """A network on its device, for one stage that needs `working_bytes` besides the weights. `name`: its kind, or
@@ -96,7 +96,7 @@ class CheckpointNetworks:
         self, paths: Mapping[str, Path], loading: Loading, offload: bool = True, text_device: str | None = None
     ):
         self.paths, self.loading, self.offload = paths, loading, offload
-        self.device = loading.device
+        self.device, self.acceleration = loading.device, loading.acceleration
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.loaded: dict[str, nn.Module] = {}
         self.homes: dict[str, Home] = {}

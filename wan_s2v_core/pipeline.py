@@ -311,9 +311,9 @@ class S2VPipeline:
         @contextmanager
         def expert(name: str) -> Iterator[Denoiser]:
             with self.network(name, sampling_bytes(noise)) as model:
-                plan = self.networks.loading.acceleration
-                accelerate(model, plan)
-                set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
+                if plan := self.networks.acceleration:
+                    accelerate(model, plan)
+                    set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
                 set_routing(model, routing or ExpertRouting())
                 take_load(model)
                 yield clip_denoiser(model, inputs, negative_text, config)

@@ -286,7 +286,7 @@ class Exhausted:
 
     def __init__(self, networks: CheckpointNetworks, kind: str, place: str, words: str):
         self.networks, self.kind, self.place, self.words = networks, kind, place, words
-        self.device = networks.device
+        self.device, self.acceleration = networks.device, networks.acceleration
 
     def refuse(self, *_) -> None:
         raise (RuntimeError if "allocate memory" in self.words else torch.OutOfMemoryError)(self.words)

@@ -108,7 +108,7 @@ def measure_article(session: Session, case: Case) -> Result:
 @contextmanager
 def resident_networks(session: Session, case: Case) -> Iterator[CheckpointNetworks]:
     """All four, resting on the device or, with offload, in main memory."""
-    loading = loading_of(case.precision, session.device)
+    loading = loading_of(case.precision, session.device, case.plan)
     offload = session.request.offload
     networks = CheckpointNetworks({}, loading, offload)
     home = torch.device("cpu") if offload else session.device

@@ -115,8 +115,8 @@ class ModelSource(JsonConfig):
         return find_part(self.path, kind).config if self.path else RELEASED[kind]
 
 
-def loading_of(precision: str, device: torch.device) -> LoadPlan:
-    return plan_loading(precision, device)
+def loading_of(precision: str, device: torch.device, plan: AccelerationPlan | None = None) -> LoadPlan:
+    return plan_loading(precision, device, acceleration=plan or AccelerationPlan())
 
 
 def precision_name(precision: str, device: torch.device) -> str:

@@ -36,7 +36,7 @@ class MeasuredNetworks:
     """Networks as another source brings them, with every stage written down."""
 
     def __init__(self, networks: Networks, name: str = ""):
-        self.networks, self.device = networks, networks.device
+        self.networks, self.device, self.acceleration = networks, networks.device, networks.acceleration
         self.name, self.stages = name, []
 
     @contextmanager
