@@ -34,9 +34,6 @@ SCORE_SCALE = math.log2(math.e) / math.sqrt(TILE)
 """Scores become powers of two."""
 
 
-DEFINED = ()
-
-
 def check(result: tuple) -> tuple:
     """What a call of CUDA returned behind its error code.
 
@@ -166,7 +163,7 @@ def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, coun
         (SCORE_SCALE, ctypes.c_float),
         *((x.shape[1], ctypes.c_int) for x in (q, k)),
     ]
-    launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []), *DEFINED)
+    launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []))
     return out
 
 
@@ -191,4 +188,4 @@ def attend_tiles(
 ) -> None:  # fmt: skip
     """The same for values that are tiles already (see tiles.py), into `out`."""
     tensors = [pointer(x) for x in (q, q_scale, k, v, v_scale, out, listed, counts)]
-    launch("attend8", out, [*tensors, (out.shape[1], ctypes.c_int), (keys, ctypes.c_int)], *DEFINED)
+    launch("attend8", out, [*tensors, (out.shape[1], ctypes.c_int), (keys, ctypes.c_int)])

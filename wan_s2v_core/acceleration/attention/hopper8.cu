@@ -19,13 +19,10 @@ constexpr int STAGE_BYTES = TILE_BYTES + 1024;   // a tile, and behind it 8 rows
 constexpr int STAGES = 4;                        // tiles of keys and of values in flight
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
 constexpr int MAGIC_BITS = 0x4B400000;
-constexpr float USUAL_P = 6.75f;    // log2 of the largest P when a row's scale is set; e4m3 ends two powers above
-#ifndef FLUSH
-#define FLUSH 2  // tiles that the tensor cores sum up by themselves
-#endif
-#ifndef TURNS
-#define TURNS 1
-#endif
+// log2 of the largest P when a row's base is set. e4m3 ends at 2^8.8: scores may rise by a factor of 28 before the base
+// has to follow, which costs as much as a tile, and it is exact to 2^-6 and holds something down to 2^-9.
+constexpr float USUAL_P = 4.0f;
+constexpr int FLUSH = 2;  // tiles that the tensor cores sum up by themselves
 
 // Tells the compiler that tensor cores may have changed these registers.
 __device__ __forceinline__ void keep(int (&x)[64]) { asm volatile("" : IN_USE64(INT_IO, x)::"memory"); }
@@ -38,11 +35,6 @@ __device__ __forceinline__ void multiply_scores(int (&s)[64], u64 q, u64 k) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SIXTY_FOUR "}, %64, %65, 1;"
                  : IN_USE64(INT_IO, s)
                  : "l"(q), "l"(k));
-}
-__device__ __forceinline__ void multiply_scores(int (&s)[64], const u32* q, u64 k) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SIXTY_FOUR "}, {%64, %65, %66, %67}, %68, 1;"
-                 : IN_USE64(INT_IO, s)
-                 : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(k));
 }
 
 // part (+)= P V for 32 keys: 64 x 136, P from registers; the last 8 columns are ones and give P's sum.
@@ -193,7 +185,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float sums[68], part[68];
     int s[64];
     u32 p[16];
-    u32 own_q[16];
 
     auto scores = [&](int stage) {  // issues the products with the keys of a stage
         const u64 k_matrix = matrix_descriptor(k_tiles_at + stage * STAGE_BYTES);
@@ -201,11 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < 64; i++) s[i] = MAGIC_BITS;
         products_begin();
 #pragma unroll
-#ifdef QREG
-        for (int step = 0; step < 4; step++) multiply_scores(s, own_q + 4 * step, k_matrix + 2 * step);
-#else
         for (int step = 0; step < 4; step++) multiply_scores(s, q_matrix + 2 * step, k_matrix + 2 * step);
-#endif
         products_commit();
     };
     auto values = [&](int stage, int accumulate) {
@@ -225,13 +212,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int i = 0; i < 68; i++) sums[i] = 0;
     barrier_wait(first_full, 0);
-#ifdef QREG
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int row = 64 * consumer + 16 * (thread / 32) + lane / 4 + i % 2 * 8, chunk = i / 4 * 2 + i % 4 / 2;
-        own_q[i] = *reinterpret_cast<u32*>(shared + Q_AT + row * 128 + ((chunk ^ (row % 8)) * 16) + lane % 4 * 4);
-    }
-#endif
     float key_scale = scale_of(0);
     scores(0);
     products_wait<0>();
@@ -241,15 +221,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     soften(s, p, rows, key_scale);
 
     // Named barriers 1 and 2: whose turn it is in the tensor cores. The first consumer begins.
-    if (TURNS && consumer == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+    if (consumer == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
     int stage = 0, turn = 0;
     for (int i = 0; i + 1 < count; i++) {
         const int next_stage = stage + 1 == STAGES ? 0 : stage + 1;
         barrier_wait(full + 8 * stage, turn);
-        if (TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
+        asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
         values(stage, i % FLUSH);
         scores(next_stage);
-        if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
+        asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
         key_scale = scale_of(next_stage);
         products_wait<1>();
         keep(part);

@@ -21,6 +21,7 @@ from ...seams import Attend, BlockContext
 from .registry import AttendListed
 
 TILE = 128
+CPU = torch.device("cpu")
 BRICK_ROWS, BRICK_COLUMNS = 8, 16
 FRAMES_WEIGHT = 4.0
 """How many tokens of distance in a picture one latent frame counts as."""
@@ -46,12 +47,16 @@ class TileGrid:
 
     def kept_tiles(self, share: float) -> int:
         """Tiles that each tile looks at."""
-        return min(self.tiles, max(int(self.always().sum()) + 1, round(share * self.tiles)))
+        return min(self.tiles, max(int(always_kept(self).sum()) + 1, round(share * self.tiles)))
 
-    def always(self) -> Tensor:
-        """Which tiles every tile looks at: first latent frame, reference picture and motion, and the last tile."""
-        tiles, noisy = torch.arange(self.tiles), self.frames * self.frame_tokens
-        return (tiles * TILE < self.frame_tokens) | ((tiles + 1) * TILE > noisy) | (tiles == self.tiles - 1)
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training as well
+def always_kept(grid: TileGrid, device: torch.device = CPU) -> Tensor:
+    """Which tiles every tile looks at: first latent frame, reference picture and motion, and the last tile."""
+    tiles, noisy = torch.arange(grid.tiles), grid.frames * grid.frame_tokens
+    always = (tiles * TILE < grid.frame_tokens) | ((tiles + 1) * TILE > noisy) | (tiles == grid.tiles - 1)
+    return always.to(device)
 
 
 def tile_means(x: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def list_best(scores: Tensor, grid: TileGrid, share: float) -> tuple[Tensor, Ten
         may be partly filled; and counts ... tiles(q); int32.
     """
     tiles, kept = grid.tiles, grid.kept_tiles(share)
-    scores.masked_fill_(grid.always().to(scores.device), torch.inf)
+    scores.masked_fill_(always_kept(grid, scores.device), torch.inf)
     scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     best = scores[..., : tiles - 1].topk(kept - 1, dim=-1, sorted=False).indices
     listed = F.pad(best.int(), (0, tiles - kept + 1), value=tiles - 1)
@@ -90,6 +95,7 @@ def list_by_scores(q: Tensor, k: Tensor, grid: TileGrid, share: float) -> tuple[
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept must serve training as well
 def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The choice by how near the middles of tiles are. heads tiles tiles, heads tiles, the same for all heads."""
     order = brick_order(grid.frames, grid.rows, grid.columns)
@@ -110,6 +116,7 @@ def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.dev
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must serve training as well
 def brick_order(frames: int, rows: int, columns: int) -> Tensor:
     """Numbers of the noisy tokens, frame by frame, in the order of bricks of neighbours."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -118,6 +125,14 @@ def brick_order(frames: int, rows: int, columns: int) -> Tensor:
     within = row % BRICK_ROWS * BRICK_COLUMNS + column % BRICK_COLUMNS
     order = (brick * BRICK_ROWS * BRICK_COLUMNS + within).flatten().argsort()
     return (torch.arange(frames)[:, None] * rows * columns + order).flatten()
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept must serve training as well
+def token_order(grid: tuple[int, int, int], tokens: int, device: torch.device) -> Tensor:
+    """The same for all tokens: those of reference picture and motion stay where they are."""
+    noisy = grid[0] * grid[1] * grid[2]
+    return torch.cat([brick_order(*grid), torch.arange(noisy, tokens)]).to(device)
 
 
 class SparsePlan:
@@ -168,8 +183,6 @@ class BrickOrder(nn.Module):
         return self.stack.injectors
 
     def forward(self, tokens: Tensor, context: BlockContext) -> Tensor:
-        noisy = context.noisy_tokens
-        order = brick_order(*context.grid).to(tokens.device)
-        order = torch.cat([order, torch.arange(noisy, tokens.shape[1], device=tokens.device)])
+        order = token_order(context.grid, tokens.shape[1], tokens.device)
         out = self.stack(tokens[:, order], replace(context, rope=context.rope[order]))
         return torch.empty_like(out).index_copy_(1, order, out)
