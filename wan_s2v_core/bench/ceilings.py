@@ -14,14 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..acceleration.attention.registry import Setting
+from ..acceleration.quantization.linear8 import has_triton, product8
 from ..config import S2VModelConfig
 from .engine import attention_kernels
 from .flops import ForwardFlop
-from .measure import Call, interleaved, release
+from .measure import Call, interleaved, now, release
 
 log = logging.getLogger(__name__)
 
 RUNS = 5
+SUSTAINED_SECONDS = 1.0
+"""A card is kept busy for so long before its rate is taken: at its limit of power it is faster for a moment than for
+the seconds that a forward takes."""
 PRODUCTS = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8-weights": "bf16", "float8": "fp8", "int8": "int8",
 }  # fmt: skip
@@ -118,15 +122,15 @@ class Ceilings:
         dtype = TYPES.get(products, torch.bfloat16)
         key = ("attention", dtype, tokens, config.heads, config.head_width, bits)
         if key not in self._kept:
-            best: tuple[float | None, str | None] = (None, None)
             sizes = (1, tokens, config.heads, config.head_width)
-            for name, attend in attention_kernels(bits, Setting(self.device, dtype, config.head_width)).items():
-                make = partial(attention_call, attend, sizes, dtype, self.device)
-                seconds = self._seconds(make, (name, tokens))
-                rate = seconds and 4 * tokens**2 * config.width / seconds / 1e12
-                if rate and (best[0] is None or rate > best[0]):
-                    best = rate, name
-            self._kept[key] = best
+            kernels = attention_kernels(bits, Setting(self.device, dtype, config.head_width))
+            calls = {
+                name: partial(attention_call, attend, sizes, dtype, self.device) for name, attend in kernels.items()
+            }
+            glances = {name: self._seconds(make, (name, tokens), is_glance=True) for name, make in calls.items()}
+            fastest = min((name for name, seconds in glances.items() if seconds), key=glances.get, default=None)
+            seconds = fastest and self._seconds(calls[fastest], (fastest, tokens))
+            self._kept[key] = (4 * tokens**2 * config.width / seconds / 1e12 if seconds else None), fastest
             release(self.device)
         return self._kept[key]
 
@@ -141,15 +145,18 @@ class Ceilings:
             self._kept["copies"] = {name: moved / took / 1e9 for name, (moved, took) in times.items() if took}
         return self._kept["copies"]
 
-    def _seconds(self, make: Callable[[], Call], what: tuple) -> float | None:
+    def _seconds(self, make: Callable[[], Call], what: tuple, is_glance: bool = False) -> float | None:
         try:
-            return self._median(make())
+            return self._median(make(), 1 if is_glance else RUNS, 0.0 if is_glance else SUSTAINED_SECONDS)
         except (RuntimeError, ImportError, AttributeError) as error:  # no such kernel here, or no room for it
             log.warning("no ceiling of %s: %s", what, str(error).partition("\n")[0])
             return None
 
-    def _median(self, call: Call) -> float:
-        return statistics.median(interleaved({"": call}, RUNS, self.device)[""])
+    def _median(self, call: Call, runs: int, seconds_before: float) -> float:
+        began = now(self.device)
+        while self.device.type == "cuda" and now(self.device) - began < seconds_before:
+            call()
+        return statistics.median(interleaved({"": call}, runs, self.device)[""])
 
 
 def attention_call(
@@ -180,7 +187,10 @@ def product_call(products: str, tokens: int, inner: int, outer: int, device: tor
         return lambda: F.linear(rows, weight)
     if products == "int8":
         rows, weight = (torch.randint(-127, 128, t.shape, device=device, dtype=torch.int8) for t in (rows, weight))
-        return lambda: torch._int_mm(rows, weight.t())
+        if device.type != "cuda" or not has_triton():
+            return lambda: torch._int_mm(rows, weight.t())
+        row_scale, scale = (torch.ones(n, 1, device=device) for n in (tokens, outer))
+        return lambda: product8(rows, row_scale, weight, scale, None, torch.bfloat16)  # faster than torch's
     scales = [torch.ones(n, device=device) for n in (tokens, outer)]
     rows, weight = rows.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     return lambda: scaled_product(rows, weight, scales[0][:, None], scales[1][None])
