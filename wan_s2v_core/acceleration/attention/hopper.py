@@ -100,25 +100,35 @@ def kernel(device: int, name: str, *defined: str):
     return function
 
 
-def pointer(tensor: Tensor | None) -> tuple:
-    return (0 if tensor is None else tensor.data_ptr()), ctypes.c_void_p
-
-
-def launch(name: str, out: Tensor, arguments: list[tuple], *defined: str) -> None:
+def launch(name: str, out: Tensor, arguments: Sequence[Any], *defined: str) -> None:
     """Run a kernel that makes `out`, B L N 128.
 
     Args:
-        arguments: (value, type) of all but the last, which say how `out` lies.
+        arguments: all but the last, which say how `out` lies: tensors or None, numbers of numpy, maps of tensors.
     """
     from cuda.bindings import driver
 
     batch, queries, heads, _ = out.shape
-    strides = [(stride, ctypes.c_longlong) for stride in out.stride()[:3]]
-    values, kinds = zip(*arguments, (heads, ctypes.c_int), *((strides[axis]) for axis in range(3)), strict=True)
+    given = [*arguments, np.int32(heads), *(np.int64(stride) for stride in out.stride()[:3])]
+    held = [as_memory(one) for one in given]
+    places = np.array([one if isinstance(one, int) else address(one) for one in held], dtype=np.uint64)
     grid = (-(-queries // TILE), batch * heads, 1)
     function, shared = kernel(out.device.index or 0, name, *defined), SHARED_BYTES[name]
     stream = torch.cuda.current_stream(out.device).cuda_stream
-    check(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, shared, stream, (values, kinds), 0))
+    check(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, shared, stream, address(places), 0))
+
+
+def as_memory(argument: Any) -> np.ndarray | int:
+    """An argument of a kernel as memory that holds its value; for maps of tensors, the address of it."""
+    if hasattr(argument, "getPtr"):
+        return int(argument.getPtr())
+    if argument is None or isinstance(argument, Tensor):
+        argument = np.uint64(0 if argument is None else argument.data_ptr())
+    return np.array([argument])
+
+
+def address(memory: np.ndarray) -> int:
+    return memory.__array_interface__["data"][0]
 
 
 def tensor_map(x: Tensor, tokens_at_once: int = TILE):
