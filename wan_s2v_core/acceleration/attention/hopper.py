@@ -4,14 +4,16 @@ They are CUDA C++ (hopper16.cu, hopper8.cu), compiled at first use by the NVRTC 
 Triton's cache, so that the next process does not compile them again.
 """
 
-import ctypes
 import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,13 +168,9 @@ def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, coun
     q, k, v = (x if is_aligned(x) else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     keys = TILE if listed is not None else DENSE_KEYS
-    arguments = [
-        (tensor_map(q), None),
-        *((tensor_map(x, keys), None) for x in (k, v)),
-        *(pointer(x) for x in (out, listed, counts)),
-        (SCORE_SCALE, ctypes.c_float),
-        *((x.shape[1], ctypes.c_int) for x in (q, k)),
-    ]
+    maps = [tensor_map(q), tensor_map(k, keys), tensor_map(v, keys)]
+    lengths = [np.int32(x.shape[1]) for x in (q, k)]
+    arguments = [*maps, out, listed, counts, np.float32(SCORE_SCALE), *lengths]
     launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []))
     return out
 
@@ -197,5 +195,5 @@ def attend_tiles(
     listed: Tensor | None = None, counts: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The same for values that are tiles already (see tiles.py), into `out`."""
-    tensors = [pointer(x) for x in (q, q_scale, k, v, v_scale, out, listed, counts)]
-    launch("attend8", out, [*tensors, (out.shape[1], ctypes.c_int), (keys, ctypes.c_int)])
+    tensors = (q, q_scale, k, v, v_scale, out, listed, counts)
+    launch("attend8", out, [*tensors, np.int32(out.shape[1]), np.int32(keys)])

@@ -4,9 +4,9 @@ A backend is loaded when it is asked for and tried on a few random tokens before
 is missing, broken or built for another card is a reason in a message and nothing worse.
 """
 
-import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,12 +65,13 @@ def need(is_so: bool, otherwise: str) -> None:
         raise BackendUnavailable(otherwise)
 
 
-def need_module(name: str, install: str) -> None:
-    """Raises BackendUnavailable unless a module can be imported."""
+@contextmanager
+def needed(install: str) -> Iterator[None]:
+    """Raises BackendUnavailable if an import within fails. `install`: what to give pip."""
     try:
-        importlib.import_module(name)
+        yield
     except ImportError as error:
-        raise BackendUnavailable(f"{name} cannot be imported ({error}); pip install {install}") from error
+        raise BackendUnavailable(f"a package cannot be imported ({error}); pip install {install}") from error
 
 
 def need_card(setting: Setting) -> None:
@@ -92,8 +93,9 @@ def need_hopper(setting: Setting) -> None:
     need_card(setting)
     need(setting.capability == HOPPER_CARD, "it is written for Hopper cards (H100, H200) alone")
     need(setting.head_width == 128, f"it computes heads of 128 channels, these have {setting.head_width}")
-    need_module("triton", "triton")
-    need_module("cuda.bindings.nvrtc", "cuda-bindings")
+    with needed("triton cuda-bindings"):
+        import triton  # noqa: F401
+        from cuda.bindings import driver, nvrtc  # noqa: F401
 
 
 def load_hopper(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -115,8 +117,8 @@ def load_hopper8(setting: Setting) -> tuple[Attend, AttendListed | None]:
 
 def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need(setting.device.type == "cuda", "it needs a card")
-    need_module("triton", "triton")
-    from .portable import attend16
+    with needed("triton"):
+        from .portable import attend16
 
     return without_context(attend16), attend16
 
@@ -124,8 +126,8 @@ def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
 def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_card(setting)
     need(setting.capability >= (8, 0), "it needs a card with fast int8 products (RTX 30, A100 or newer)")
-    need_module("triton", "triton")
-    from .portable import attend8
+    with needed("triton"):
+        from .portable import attend8
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
         return attend8(q, k, v, *lists).to(q.dtype)
@@ -136,8 +138,8 @@ def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
 def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_card(setting)
     need(setting.capability >= HOPPER_CARD, "it needs a Hopper or Blackwell card")
-    need_module("flash_attn.cute", '"flash-attn-4[cu13]"')
-    from flash_attn.cute import flash_attn_func
+    with needed('"flash-attn-4[cu13]"'):
+        from flash_attn.cute import flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v)
@@ -148,8 +150,8 @@ def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:
 
 def load_sage(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_card(setting)
-    need_module("sageattention", "sageattention (version 1; version 2 is built from its sources)")
-    from sageattention import sageattn
+    with needed("sageattention (version 1; version 2 is built from its sources)"):
+        from sageattention import sageattn
 
     return without_context(lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD", is_causal=False)), None
 

@@ -43,12 +43,12 @@ def _rows_kernel(
     if HAS_MEAN:
         value = tl.where(there, value - tl.load(mean + head * TILE + columns), 0.0)
     number = head.to(tl.int64) * tiles + tile
-    scale = tl.max(tl.abs(value), 1)[:, None] / 127.0
+    scale = (tl.max(tl.abs(value), 1) / 127.0 + tl.sum(value * 0.0, 1))[:, None]  # maxima lose NaN, sums keep it
     if PER_ROW:
         scale = tl.where(scale < FAINTEST, FAINTEST, scale)  # not maximum(), which would lose NaN
         tl.store(scales + number * TILE + rows, scale * factor)
     else:
-        scale = tl.max(scale, 0)[:, None]
+        scale = (tl.max(scale, 0) + tl.sum(scale * 0.0, 0))[:, None]
         scale = tl.where(scale < FAINTEST, FAINTEST, scale)
         tl.store(scales + number * (BYTES // 4) + TILE * TILE // 4 + tl.arange(0, 1)[:, None], scale * factor)
     rounded = tl.floor(value / scale + 0.5).to(tl.int8)
