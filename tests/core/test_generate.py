@@ -10,7 +10,7 @@ from PIL import Image
 
 from wan_s2v_core import render as rendering
 from wan_s2v_core.cli import make_parser, sampling_of
-from wan_s2v_core.config import PRESETS, SamplingConfig, VideoConfig, preset_lines
+from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.video import probe_video, read_frames
 
@@ -115,6 +115,9 @@ def test_same_seed_same_video_and_clips_can_be_kept(command, run_cli, inputs):
         {"audio_guide_scale": 2.0},
         {"audio_start": 0.5, "audio_seconds": 1.0},
         {"fit": "pad", "fps": 25},
+        {"attention": "sdpa", "fused": False, "vae_precision": "float32"},
+        {"attention": "auto8"},
+        {"sparse_keep": 0.5, "sparse_by": "distance", "sparse_dense_steps": 1, "sparse_dense_blocks": 0},
         {"convert_model_dtype": True, "t5_cpu": True, "offload_model": "True", "task": "s2v-14B", "ulysses_size": 1},
     ],
     ids=lambda flags: "-".join(flags),
@@ -163,7 +166,7 @@ def test_presets_are_told_where_they_are_chosen(capsys):
 def make(inputs, tiny_checkpoint):
     """`render` of a video of 37 frames in 2 clips; keyword arguments change its request, and what it samples."""
 
-    def run(name="out.mp4", stop=None, seed=3, **changes):
+    def run(name="out.mp4", stop=None, seed=3, acceleration=None, **changes):
         files = (str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / name))
         video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
         seen = []
@@ -173,7 +176,8 @@ def make(inputs, tiny_checkpoint):
             if (clip, step) == stop:
                 raise KeyboardInterrupt
 
-        made = rendering.render(rendering.RenderRequest(*files, **changes), video, sampling, tell)
+        request = rendering.RenderRequest(*files, **changes)
+        made = rendering.render(request, video, sampling, tell, acceleration=acceleration)
         return made, seen
 
     return run
@@ -203,7 +207,13 @@ def test_a_run_that_was_stopped_goes_on(cut_short, make, inputs, caplog):
     assert torch.equal(kept_pictures(cut_short), kept_pictures(inputs / "whole.mp4.clips"))
 
 
-@pytest.mark.parametrize("changes", [{"seed": 4}, {"prompt": "another"}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"seed": 4}, {"prompt": "another"}, {"precision": "bfloat16"}),
+        {"acceleration": AccelerationPlan(sparse_keep=0.5)},
+    ],
+)
 def test_clips_of_something_else_are_not_gone_on_with(changes, cut_short, make):
     before = {path.name: path.read_bytes() for path in cut_short.iterdir()}
     with pytest.raises(ConfigError, match="earlier run"):
@@ -284,6 +294,15 @@ BAD = {
     "clip plan": ({"clip_plan": "none"}, "clip_plan='none'"),
     "number of clips": ({"num_clip": 0}, "clips=0"),
     "precision": ({"precision": "int3"}, "precision='int3'"),
+    "attention": ({"attention": "nonsense"}, "attention='nonsense' is not known. Use one of: auto, auto8, "),
+    "attention of a card": (
+        {"attention": "hopper"},
+        "attention 'hopper' cannot be used: it needs an NVIDIA card. Usable here: auto, sdpa.",
+    ),
+    "no attention": ({"sparse_keep": 0}, "sparse_keep=0.0: the share of attention that is kept lies between 0 and 1."),
+    "more than all attention": ({"sparse_keep": 1.5}, "Use such as 0.5, or 1 for all of it."),
+    "dense steps": ({"sparse_dense_steps": -1}, "sparse_dense_steps=-1 must be 0 or more."),
+    "dense blocks": ({"sparse_dense_blocks": -2}, "sparse_dense_blocks=-2 must be 0 or more."),
     "folder to save to": ({"save_file": "nowhere/out.mp4"}, "nowhere"),
     "kind of video": ({"save_file": "out.avi"}, "out.avi ends in no known kind"),
     "device": ({"device": "foo"}, "device 'foo' cannot be used"),

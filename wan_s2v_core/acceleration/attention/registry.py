@@ -31,6 +31,8 @@ EXACT_ERROR, LOSSY_ERROR = 0.006, 0.08
 """Relative L2 to float32 on random values that a backend is let pass with: what rounding to bfloat16 and 8 bits make,
 0.0023 and 0.040 to 0.053, and half as much again."""
 TRIAL_SHAPE = (1, 300, 2)
+FAILS, IS_OFF = "it fails here", "its result is off"
+"""How reasons begin that are told without being asked: of what is broken, rather than missing."""
 
 
 @dataclass(frozen=True)
@@ -187,16 +189,17 @@ class Chosen:
 def try_backend(name: str, setting: Setting) -> Chosen | str:
     """A backend, loaded and tried; the reason if it cannot be used."""
     backend = BACKENDS[name]
+    attend = None
     try:
         attend, listed = backend.load(setting)
         error = trial_error(attend, setting)
-    except BackendUnavailable as reason:
-        return str(reason)
     except Exception as error:  # a package of somebody else's: whatever it raises, it must not stop us
-        return f"it fails here with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if isinstance(error, BackendUnavailable) and not attend:
+            return str(error)  # it is missing, not broken
+        return f"{FAILS} with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     bound = EXACT_ERROR if backend.is_exact else LOSSY_ERROR
     if not error <= bound:
-        return f"its result is {error:.3f} off on random values, where {bound} is allowed"
+        return f"{IS_OFF} by {error:.3f} on random values, where {bound} is allowed"
     return Chosen(name, backend.is_exact, attend, listed)
 
 
@@ -228,11 +231,17 @@ def choose(name: str, setting: Setting, takes_lists: bool = False) -> Chosen:
     if isinstance(found, Chosen) and takes_lists and not found.attend_listed:
         found = "it takes no lists of tiles, which sparse attention needs"
     if isinstance(found, str):
-        usable = [other for other in BACKENDS if isinstance(try_backend(other, setting), Chosen)]
+        tried = {other: try_backend(other, setting) for other in BACKENDS}
+        usable = [other for other, one in tried.items() if serves(one, takes_lists)]
         raise BackendUnavailable(
             f"attention {name!r} cannot be used: {found}. Usable here: {', '.join([AUTO, *usable])}."
         )
     return found
+
+
+def serves(found: Chosen | str, takes_lists: bool) -> bool:
+    """Whether what `try_backend` found is of use."""
+    return isinstance(found, Chosen) and bool(found.attend_listed or not takes_lists)
 
 
 def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -> Chosen:
@@ -241,11 +250,11 @@ def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -
     lossy = [backend.name for backend in BACKENDS.values() if not backend.is_exact]
     for name in (*lossy, *exact) if in_8_bits else exact:
         found = try_backend(name, setting)
-        if isinstance(found, Chosen) and (found.attend_listed or not takes_lists):
+        if serves(found, takes_lists):
             if in_8_bits and found.is_exact:
                 warn_once("no attention in 8 bits can be used here: %s is used, which is exact", name)
             return found
-        if (isinstance(found, str) and "fails here" in found) or "off on random" in str(found):
+        if isinstance(found, str) and found.startswith((FAILS, IS_OFF)):
             warn_once("attention %s is left out: %s", name, found)
     raise AssertionError("SDPA is always there")
 

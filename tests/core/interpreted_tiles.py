@@ -1,0 +1,210 @@
+"""The kernels that make 8-bit tiles as Python on the CPU, and what the 8-bit attention kernel computes from them. Run
+by test_hopper_tiles.py in a process of its own, in which TRITON_INTERPRET is set before Triton is imported.
+
+Triton's interpreter cuts float32 off when it makes e4m3; `honest_rounding` has it round, as a card does.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted_kernels import honest_rounding, no_gradients  # noqa: F401  (fixtures)
+
+from wan_s2v_core.acceleration.attention.tiles import (
+    KEY_TILE_BYTES,
+    TILE,
+    channel_means,
+    key_tiles,
+    query_tiles,
+    token_places,
+    unswizzle,
+    value_tiles,
+)
+
+FACTOR = math.log2(math.e) / math.sqrt(TILE)
+"""What makes products of queries and keys powers of two."""
+CASES = [
+    ((1, 128, 1), torch.bfloat16),
+    ((2, 131, 3), torch.float32),
+    ((1, 1, 2), torch.bfloat16),
+    ((2, 300, 1), torch.bfloat16),
+]
+"""B L N, and the type."""
+USUAL_P, LARGEST_P, WARP_ROWS = 6.75, 448.0, 16
+"""As in hopper8.cu: log2 of the largest probability when a row's base is set, the largest one that e4m3 holds, and the
+rows that raise their base together."""
+
+
+def random(shape, dtype=torch.float32):
+    """B L N 128, in rows of a wider tensor, as queries lie in a product for queries, keys and values."""
+    return torch.randn(*shape, 2 * TILE).to(dtype)[..., :TILE]
+
+
+def by_head(x):
+    """B L N D -> B*N L D, float32."""
+    return x.transpose(1, 2).flatten(0, 1).float()
+
+
+def as_tiles(x):
+    """B*N L D -> B*N tiles 128 D; zeros past the end."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
+
+
+def keys_of(tiles):
+    """Integers B*N tiles 128 128, and the scale of each tile."""
+    return unswizzle(tiles[..., : TILE * TILE]).float(), tiles.view(torch.float32)[..., TILE * TILE // 4]
+
+
+def values_of(tiles):
+    """B*N tiles 128(token) 128(channel), as e4m3 has them."""
+    rows = unswizzle(tiles.view(torch.uint8)).view(torch.float8_e4m3fn).float()  # a row is a channel
+    return rows[..., token_places()].mT
+
+
+def near(rounded, exact, scale):
+    """Within half a step."""
+    assert ((rounded * scale - exact).abs() <= 0.5001 * scale + 1e-6 * exact.abs()).all()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_query_tiles(shape, dtype):
+    q = random(shape, dtype)
+    tiles, scales = query_tiles(q)
+    exact = as_tiles(by_head(q))
+    assert tiles.dtype == torch.int8 and tiles.shape == (*exact.shape[:2], TILE * TILE)
+    rows = unswizzle(tiles).float()
+    steps = scales[..., None] / FACTOR
+    near(rows, exact, steps)
+    there = exact.abs().amax(dim=-1, keepdim=True) > 0
+    assert (rows.abs().amax(dim=-1, keepdim=True)[there] == 127).all(), "a row uses all of int8"
+    assert not rows[~there.expand_as(rows)].any() and torch.isfinite(scales).all() and (scales > 0).all()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_key_tiles_leave_out_the_mean(shape, dtype):
+    k = random(shape, dtype) + 10 * torch.randn(TILE).to(dtype)
+    tiles = key_tiles(k)
+    means = channel_means(k)
+    torch.testing.assert_close(means, by_head(k)[:, ::16].mean(dim=1), atol=1e-4, rtol=1e-4)
+    exact = as_tiles(by_head(k) - means[:, None])
+    assert tiles.dtype == torch.int8 and tiles.shape == (*exact.shape[:2], KEY_TILE_BYTES)
+    rows, scale = keys_of(tiles)
+    near(rows, exact, scale[..., None, None])
+    most = exact.abs().amax(dim=(-2, -1))
+    torch.testing.assert_close(scale, most / 127, atol=1e-17, rtol=1e-5)
+    assert not as_tiles(torch.ones_like(by_head(k))).logical_not().logical_and(rows != 0).any(), "no keys past the end"
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [*CASES, ((1, 1100, 1), torch.float32)])
+def test_value_tiles(shape, dtype):
+    v = random(shape, dtype) * torch.logspace(-3, 3, TILE).to(dtype)
+    tiles, scales = value_tiles(v)
+    exact, wide = as_tiles(by_head(v)), by_head(v)
+    torch.testing.assert_close(scales, wide.abs().amax(dim=1) / 448, atol=0, rtol=1e-5)
+    assert tiles.dtype == torch.float8_e4m3fn and tiles.shape == (*exact.shape[:2], TILE * TILE)
+    found = values_of(tiles)
+    expected = (exact / scales[:, None, None]).to(torch.float8_e4m3fn).float()
+    assert torch.equal(found, expected), "rounded to the nearest, each where it belongs"
+
+
+def test_places_of_tokens_are_an_order():
+    assert torch.equal(token_places().sort().values, torch.arange(TILE))
+    tile = torch.arange(TILE * TILE)
+    assert torch.equal(unswizzle(tile).flatten().sort().values, tile)
+    for row in (0, 1, 7, 9):  # 16 bytes at a time, by the last bits of the row
+        chunks = unswizzle(tile)[row].unflatten(0, (8, 16))[:, 0] % TILE // 16
+        assert chunks.tolist() == [chunk ^ (row % 8) for chunk in range(8)]
+
+
+def test_zeros_stay_zeros():
+    q, k, v = (random((1, 130, 2)) for _ in range(3))
+    q[0, 5], k[0, :, 1], v[0, :, 0, 7] = 0, 0, 0
+    tiles, scales = query_tiles(q)
+    assert not unswizzle(tiles)[:, 0, 5].any() and (scales[:, 0, 5] > 0).all()
+    rows, scale = keys_of(key_tiles(k))
+    assert not rows[1].any() and (scale > 0).all()
+    tiles, scales = value_tiles(v)
+    assert not values_of(tiles)[0, :, :, 7].any() and scales[0, 7] == 0
+    assert torch.isfinite(attend_tiles(q, k, v)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_not_hidden(wrong):
+    """It shows in the results of those that see it, as it would without 8 bits."""
+    q, k, v = (random((1, 260, 2)) for _ in range(3))
+    q[0, 3, 1, 9] = wrong
+    out = attend_tiles(q, k, v)
+    seen = out.isfinite().all(dim=-1)
+    assert not seen[0, 3, 1] and seen.sum() == 2 * 260 - 1
+    q[0, 3, 1, 9], k[0, 201, 0, 100] = 0, wrong  # no token that the mean of the keys is taken from
+    assert torch.equal(attend_tiles(q, k, v).isfinite().all(dim=-1)[0].any(dim=0), torch.tensor([False, True]))
+    k[0, 201, 0, 100], v[0, 77, 1, 5] = 0, wrong
+    seen = attend_tiles(q, k, v).isfinite()[0]
+    assert not seen[:, 1, 5].any() and seen.sum() == 260 * (2 * TILE - 1)
+
+
+def attend_tiles(q, k, v, listed=None):
+    """What attend8 of hopper8.cu computes from the tiles, step by step. B L N 128 -> B L N 128, float32.
+
+    Args:
+        listed: numbers of the key tiles that are seen by all, the last of all being the last; None for all of them.
+    """
+    (q_tiles, q_scale), (k8, k_scale), (v_tiles, v_scale) = query_tiles(q), keys_of(key_tiles(k)), value_tiles(v)
+    q8, v8 = unswizzle(q_tiles).float().flatten(1, 2), values_of(v_tiles)
+    q_scale, keys = q_scale.flatten(1, 2)[..., None], k.shape[1]
+    sums, total = torch.zeros_like(q8), torch.zeros_like(q_scale)
+    base = torch.full_like(q_scale, -torch.inf)
+    for number in range(k8.shape[1]) if listed is None else listed:
+        scores = q8 @ k8[:, number].mT * (q_scale * k_scale[:, number, None, None])
+        scores[..., max(0, keys - number * TILE) :] = -torch.inf
+        p = rounded_p(scores - base + USUAL_P)
+        too_large = ~(p.abs().amax(dim=-1, keepdim=True) < LARGEST_P)  # NaN is
+        raised = too_large.unflatten(1, (-1, WARP_ROWS)).any(dim=2, keepdim=True).expand(-1, -1, WARP_ROWS, -1)
+        most = torch.where(raised.flatten(1, 2), torch.maximum(base, scores.amax(dim=-1, keepdim=True)), base)
+        decay = torch.where(base == most, 1.0, torch.exp2(base - most))
+        base, p = most, rounded_p(scores - most + USUAL_P)
+        sums = sums * decay + p @ v8[:, number]
+        total = total * decay + p.sum(dim=-1, keepdim=True)
+    out = sums / total * v_scale[:, None]
+    return out[:, : q.shape[1]].unflatten(0, (len(q), -1)).transpose(1, 2)
+
+
+def rounded_p(power):
+    """2^power in e4m3; too large ones become the largest."""
+    return torch.exp2(power).clamp(max=LARGEST_P).to(torch.float8_e4m3fn).float()
+
+
+def error_of(out, q, k, v):
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+    exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return float((out - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 257, 2), torch.bfloat16), ((2, 131, 1), torch.float32), ((1, 500, 1), torch.bfloat16)]
+)
+def test_attention_from_tiles_is_near_the_exact_one(shape, dtype):
+    q, k, v = (random(shape, dtype) for _ in range(3))
+    assert 0.005 < error_of(attend_tiles(q, k, v), q, k, v) < 0.06
+    shifted = k + (10 * torch.randn(TILE)).to(dtype)
+    assert error_of(attend_tiles(q, shifted, v), q, shifted, v) < 0.06, "what all keys share costs nothing"
+
+
+def test_sharp_attention_finds_its_key():
+    """Scores far apart, rising and falling from tile to tile, so that bases have to follow."""
+    keys = 5 * TILE - 3
+    k, v = random((1, keys, 1)), random((1, keys, 1))
+    order = torch.randperm(keys)
+    q = 3 * k[:, order]
+    assert error_of(attend_tiles(q, k, v), q, k, v) < 0.06
+    assert error_of(attend_tiles(q, k, v), k[:, order] * 3, k, v) < 0.06
+    assert error_of(v[:, order], q, k, v) < 0.06, "each query sees the key that it was made from"
+
+
+def test_listed_tiles_are_seen_and_no_others():
+    q, k, v = (random((1, 3 * TILE + 40, 1)) for _ in range(3))
+    seen = torch.cat([torch.arange(TILE), torch.arange(3 * TILE, 3 * TILE + 40)])
+    listed = attend_tiles(q, k, v, listed=[0, 3])
+    assert error_of(listed, q, k[:, seen], v[:, seen]) < 0.06 < error_of(listed, q, k, v)

@@ -1,0 +1,1 @@
+"""Self-attention: backends by name, kernels of our own, and sparse attention."""
