@@ -21,6 +21,8 @@ Prompt = dict[str, dict[str, Any]]
 OnEvent = Callable[[str, dict[str, Any], "Run"], None]
 PREVIEW, PREVIEW_WITH_METADATA = 1, 4
 """Binary messages that carry a picture."""
+TEXT = 3
+"""A binary message that carries a line of text for a node."""
 ENDINGS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
@@ -42,6 +44,12 @@ def preview_in(message: bytes) -> bytes | None:
     return {PREVIEW: message[8:], PREVIEW_WITH_METADATA: message[8 + second :]}.get(kind)
 
 
+def text_in(message: bytes) -> tuple[str, str] | None:
+    """The node and its line of text in a binary message: behind its type and the length of the node's number."""
+    kind, length = struct.unpack(">II", message[:8])
+    return (message[8 : 8 + length].decode(), message[8 + length :].decode()) if kind == TEXT else None
+
+
 @dataclass
 class Run:
     """What became of one prompt.
@@ -53,6 +61,7 @@ class Run:
     errors: of a failed node (node_id, node_type, exception_type, exception_message, traceback), or of the server.
     node_errors: inputs that were refused, by node; also set when other outputs of the prompt ran.
     previews: pictures of steps, as JPEG files.
+    texts: (node, line of text that it showed) in order.
     outputs: what output nodes reported, by node.
     """
 
@@ -66,6 +75,7 @@ class Run:
     cached: list[str] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
     previews: list[bytes] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     node_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -222,6 +232,8 @@ class ComfyClient:
             if isinstance(message, bytes):
                 if picture := preview_in(message):
                     run.previews.append(picture)
+                elif text := text_in(message):
+                    run.texts.append(text)
                 continue
             kind, data = (decoded := json.loads(message))["type"], decoded.get("data") or {}
             if data.get("prompt_id") != run.prompt_id:

@@ -33,6 +33,11 @@ NOTES = {
     "spill is exact, drop is not), moe_gate_dropout (lowers fidelity). The sampler shows what each expert had to "
     "do.\n\nWan2.2-S2V-14B is dense: there they do nothing, unless split_experts shares out its feed-forwards. That "
     "is not faster.",
+    "speed": "What makes it faster, in one node before the sampler. As that node comes, it is the fastest exact way "
+    "that works here; this graph leaves out a quarter of the attention, which is lossy.\n\n"
+    "Change: sparse_keep (1: all of it; 0.5 is faster, look at the video), attention (auto8: 8 bits), and "
+    "precision of the sampler: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100).\n\n"
+    "On a CPU leaving out attention takes longer; it shows what becomes of the pictures.",
     "all_options": "Every input linked or set, to copy from. It is no recipe: most videos need none of this.\n\n"
     "Change: the four single loaders (ComfyUI's files), recording, picture, driving video. The preset gives "
     "steps, guidance, shift and solver.",

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerate import Speed
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
@@ -17,6 +18,7 @@ NODES = [
     LoadAudioEncoder,
     LoadVAE,
     DemoInputs,
+    Speed,
     EncodeAudio,
     VoiceFromEncoder,
     EncodeText,

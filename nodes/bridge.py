@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.config import DEMO, ModelRecipe
+from ..wan_s2v_core.config import DEMO, AccelerationPlan, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
@@ -171,18 +171,34 @@ PLACES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
 class Model:
-    """What a loader gives: a recipe, and the place of its network, which all loaders of that file share."""
+    """What a loader gives: a recipe, and the place of its network, which all that name that file share.
 
-    def __init__(self, recipe: ModelRecipe):
-        self.recipe = recipe
+    Args:
+        acceleration: how the networks of a run are made faster, where this is its DiT.
+        accelerated_in: the node that says so; it shows what came of it.
+    """
+
+    def __init__(
+        self,
+        recipe: ModelRecipe,
+        acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
+        accelerated_in: str | None = None,
+    ):
+        self.recipe, self.acceleration, self.accelerated_in = recipe, acceleration, accelerated_in
         self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
+
+    def with_acceleration(self, plan: AccelerationPlan, node_id: str) -> "Model":
+        """The same network, in the same place, under another plan."""
+        return Model(self.recipe, plan, node_id)
 
 
 class ComfyNetworks:
     """Networks of loaders, each placed on the card by ComfyUI's memory manager when its stage begins.
 
+    All of them are made faster as the DiT among them says.
+
     Args:
-        precision: of the DiT and the text encoder; VAE and audio encoder stay float32.
+        precision: of the DiT and the text encoder; the audio encoder stays float32.
         offload: take each network off the card when its stage is over; otherwise it stays until ComfyUI needs room.
         on_cpu: leave all of them in main memory.
         split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
@@ -203,8 +219,9 @@ class ComfyNetworks:
             self.models[LOW_NOISE_DIT] = low_noise
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
-        self.loading = replace(plan_loading(precision, card, split_experts), device=self.device)
-        self.offload, self.acceleration = offload, self.loading.acceleration
+        self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
+        self.loading = replace(plan_loading(precision, card, split_experts, self.acceleration), device=self.device)
+        self.offload = offload
 
     @contextlib.contextmanager
     def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:

@@ -119,6 +119,13 @@ def choose_attention(
     return choose(plan.attention, Setting(device, dtype, config.head_width), takes_lists=plan.sparse_keep < 1)
 
 
+def attention_line(chosen: Chosen, plan: AccelerationPlan) -> str:
+    """The attention that runs, as a person reads it."""
+    is_sparse = plan.sparse_keep < 1
+    share = f", {plan.sparse_keep:.0%} of it" if is_sparse else ""
+    return f"attention: {chosen.name}{share} ({'exact' if chosen.is_exact and not is_sparse else 'lossy'})"
+
+
 def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
     """Attach what a plan says to a loaded DiT at its seams, in place of what was attached before.
 
@@ -145,7 +152,7 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
         fuse_pointwise(model)
     keep_keys_values(model)
     ACCELERATED[model] = plan, model.device
-    log.info("attention: %s%s", chosen.name, f", {plan.sparse_keep:.0%} of it" if is_sparse else "")
+    log.info(attention_line(chosen, plan))
 
 
 def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_steps: int) -> None:

@@ -41,6 +41,13 @@ def model(name: str) -> dict:
     return {"model": ("WanS2VLoadModel", {"name": name})}
 
 
+def speed(**changes) -> dict:
+    """The demo's model behind Wan S2V Speed."""
+    usual = {"attention": "auto", "sparse_keep": 1.0, "sparse_by": "scores", "sparse_dense_steps": 2}
+    usual |= {"sparse_dense_blocks": 1, "fused": True, "vae": "auto"}
+    return {"model": ("WanS2VSpeed", {"model": ["1", 0], **usual, **changes})}
+
+
 DENSE = {"checkpoint": "Dense (folder)"}
 """What the fixture `dense_checkpoint` writes; the embedded model has experts."""
 
@@ -88,6 +95,12 @@ OURS = {
         "the models for high and low noise differ in",
     ),
     "experts that are split again": ({"split_experts": 4}, "has 8 experts already. Leave it at 0"),
+    "attention that does not run here": (speed(attention="hopper"), "'hopper' cannot be used: it needs an NVIDIA card"),
+    "attention of no name": (speed(attention="warp"), "attention='warp' is not known. Use one of: auto, auto8, "),
+    "share of attention is no number": (speed(sparse_keep=NAN), "sparse_keep=nan"),
+    "share of attention by nothing": (speed(sparse_by="luck"), "sparse_by='luck'"),
+    "precision of the VAE": (speed(vae="int3"), "vae='int3'"),
+    "nothing to make faster": (speed(model="fast"), "model='fast' is no link to a node"),
     "unknown checkpoint": ({"checkpoint": "nope"}, "'nope' is not among the models"),
     "checkpoint in another folder": ({"checkpoint": "../../input"}, "'../../input' is not among the models"),
     "model at an absolute path": (model("/etc/passwd"), "'/etc/passwd' is not among the models"),

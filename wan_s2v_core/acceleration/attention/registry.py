@@ -162,9 +162,9 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(FLASH_4, True, "flash-attention 4, a package for Hopper and Blackwell cards", load_flash4),
-        Backend(HOPPER, True, "our own kernel for Hopper cards, exact", load_hopper),
+        Backend(HOPPER, True, "our own kernel for Hopper cards", load_hopper),
         Backend(SDPA, True, "PyTorch's own, cuDNN first", load_sdpa),
-        Backend(PORTABLE, True, "our own Triton kernel, exact, for any card", load_portable),
+        Backend(PORTABLE, True, "our own Triton kernel for any card", load_portable),
         Backend(HOPPER_8, False, "our own kernel for Hopper cards, 8 bits", load_hopper8),
         Backend(SAGE, False, "SageAttention, a package, 8 bits", load_sage),
         Backend(PORTABLE_8, False, "our own Triton kernel, 8 bits, for RTX 30, A100 and newer", load_portable8),

@@ -1,0 +1,58 @@
+"""How a model is made faster: the plan of Wan S2V Speed reaches the sampler, and leaves nothing behind."""
+
+import json
+
+import numpy as np
+import pytest
+
+PLAN = {
+    "attention": "auto",
+    "sparse_keep": 1.0,
+    "sparse_by": "scores",
+    "sparse_dense_steps": 0,
+    "sparse_dense_blocks": 1,
+    "fused": True,
+    "vae": "auto",
+}
+BIG = {"width": 192, "height": 192, "steps": 2, "format": "lossless-mkv", "keep_clips": True}
+"""More than a few tiles of tokens, or there is nothing to leave out."""
+
+
+def faster(**changes) -> dict:
+    """The model of the demo, behind Wan S2V Speed."""
+    return {"model": ("WanS2VSpeed", {"model": ["1", 0], **PLAN, **changes})}
+
+
+@pytest.fixture
+def made(run, graph, comfy, watch):
+    """Run a graph -> its pictures, the run, and the settings of the clips that it kept."""
+
+    def make(**changes) -> tuple[np.ndarray, object, dict]:
+        kept = comfy.output / "wan_s2v_clips"
+        before = set(kept.iterdir()) if kept.is_dir() else set()
+        ended = run(graph(**BIG, **changes))
+        assert ended.status == "success", ended.errors
+        (folder,) = set(kept.iterdir()) - before
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return watch(comfy.videos(ended)[-1]).pictures, ended, settings
+
+    return make
+
+
+def test_a_plan_holds_for_its_graph_alone(made, comfy, new_seed):
+    """Attention that leaves something out changes the pictures; the same network then makes the plain ones again."""
+    seed = new_seed()
+    made(seed=new_seed())
+    loaded = comfy.log().count("tensors as")
+    sparse, ended, settings = made(seed=seed, **faster(sparse_keep=0.3))
+    speed = next(number for number, node in ended.prompt.items() if node["class_type"] == "WanS2VSpeed")
+    assert [text for node, text in ended.texts if node == speed] == ["attention: sdpa, 30% of it (lossy)"]
+    assert settings["acceleration"] == PLAN | {"sparse_keep": 0.3}
+    near, *_ = made(seed=seed, **faster(sparse_keep=0.3, sparse_by="distance"))
+    exact, ended, settings = made(seed=seed, **faster(attention="sdpa"))
+    assert [text for _, text in ended.texts if text.startswith("attention")] == ["attention: sdpa (exact)"]
+    assert settings["acceleration"]["attention"] == "sdpa"
+    plain, *_ = made(seed=seed)
+    assert np.array_equal(exact, plain), "exact attention, without what the runs before had attached"
+    assert not np.array_equal(sparse, plain) and not np.array_equal(near, plain) and not np.array_equal(near, sparse)
+    assert comfy.log().count("tensors as") == loaded, "all of them share one network"
