@@ -24,7 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_s2v_core.acceleration.attention.sparse import BrickOrder, brick_order  # noqa: E402
+from wan_s2v_core.acceleration.attention.sparse import StripOrder, strip_order  # noqa: E402
 from wan_s2v_core.bench.engine import (  # noqa: E402
     DIT,
     MODELS,
@@ -113,10 +113,10 @@ def watched(model: S2VTransformer, tell: Callable[[int, Tensor], None], every: i
 
 
 def in_plain_order(model: S2VTransformer, stream: Tensor, context: BlockContext) -> Tensor:
-    """Sparse attention has the noisy tokens in the order of bricks while they pass the blocks."""
-    if not isinstance(model.stack, BrickOrder):
+    """Sparse attention has the noisy tokens in the order of strips while they pass the blocks."""
+    if not isinstance(model.stack, StripOrder):
         return stream
-    order = brick_order(*context.grid).to(stream.device)
+    order = strip_order(*context.grid).to(stream.device)
     out = stream.clone()
     out[:, order] = stream[:, : len(order)]
     return out

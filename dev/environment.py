@@ -17,7 +17,7 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bi
 COMFYUI = ENVIRONMENT / "comfyui"
 PAGE = ENVIRONMENT / "page"
 
-TOOLS = ("hypothesis", "pytest", "pytest-xdist", "ruff")
+TOOLS = ("hypothesis", "pytest", "pytest-xdist", "ruff", "triton; sys_platform == 'linux'")
 NEED_PYTHON_3_11 = ("av", "diffusers", "hypothesis", "transformers")
 """Their pinned versions do not exist for Python 3.10, which takes the newest that do."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .acceleration.attention.registry import Chosen, Setting, choose
-from .acceleration.attention.sparse import BrickOrder, SparsePlan, sparse_attend
+from .acceleration.attention.sparse import SparsePlan, StripOrder, sparse_attend
 from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
@@ -137,7 +137,7 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
     ACCELERATED.pop(model, None)
     is_sparse = plan.sparse_keep < 1
     chosen = choose_attention(plan, model.config, model.dtype, model.device)
-    if isinstance(model.stack, BrickOrder):
+    if isinstance(model.stack, StripOrder):
         model.stack = model.stack.stack
     sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, plan.sparse_dense_blocks)
     for number, block in enumerate(model.stack.blocks):
@@ -146,7 +146,7 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
             attend = sparse_attend(chosen.attend, chosen.attend_listed, sparse, number)
         block.attention.attend = attend
     if is_sparse:
-        model.stack = BrickOrder(model.stack, sparse)
+        model.stack = StripOrder(model.stack, sparse)
     part_pointwise(model)
     if plan.fused:
         fuse_pointwise(model)
@@ -157,7 +157,7 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
 
 def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_steps: int) -> None:
     """Let the first steps of these look at everything, where attention is sparse."""
-    if isinstance(model.stack, BrickOrder):
+    if isinstance(model.stack, StripOrder):
         first_sparse = min(dense_steps, len(timesteps))
         model.stack.plan.dense_from = timesteps[first_sparse - 1] if first_sparse else float("inf")
 
@@ -173,13 +173,19 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
         "torch": torch.__version__,
         "device": loading.device.type,
         "linears": loading.precision.linears,
-        "acceleration": loading.acceleration.to_dict(),
+        "acceleration": loading.acceleration.to_dict() | {"attention": attention_kind(parts[DIT].config, loading)},
         "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
         "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
         "dit": parts[DIT].config.to_dict(),
         "split": [loading.split_experts, *(split_stamp(paths[name], loading.split_experts) for name in dits)],
     }
+
+
+def attention_kind(config: S2VModelConfig, loading: LoadPlan) -> str:
+    """What of a run's attention shapes its pictures: exact ones differ by rounding alone."""
+    chosen = choose_attention(loading.acceleration, config, loading.precision.dtype, loading.device)
+    return "exact" if chosen.is_exact else chosen.name
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:

@@ -26,15 +26,15 @@ def errors(monkeypatch):
 
 
 def test_ways_that_are_exact_have_no_error(errors, monkeypatch, tmp_path):
-    """float32 again, and in the order of bricks, which is undone before the stream is compared."""
-    in_bricks = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_blocks=100)
-    ways = {"again": ("float32", errors.PLAIN), "in bricks": ("float32", in_bricks)}
+    """float32 again, and in the order of strips, which is undone before the stream is compared."""
+    in_strips = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_blocks=100)
+    ways = {"again": ("float32", errors.PLAIN), "in strips": ("float32", in_strips)}
     monkeypatch.setattr(errors, "WAYS", ways | {"on a card": ("float32", AccelerationPlan(attention="hopper"))})
     assert errors.main([*QUICK, "--every", "3", "--out", str(tmp_path)]) == 1, "the two to be compared are missing"
-    _, again, bricks, card = json.loads((tmp_path / "errors.json").read_text())["entries"]
+    _, again, strips, card = json.loads((tmp_path / "errors.json").read_text())["entries"]
     assert list(again["blocks"]) == ["0", "2", "5"], "every third, the first and the last"
     assert set(again["blocks"].values()) == {0.0} and again["output"] == 0
-    assert all(error < 1e-4 for error in [*bricks["blocks"].values(), bricks["output"]]), bricks
+    assert all(error < 1e-4 for error in [*strips["blocks"].values(), strips["output"]]), strips
     assert "needs an NVIDIA card" in card["cannot"]
 
 

@@ -29,7 +29,9 @@ def no_gradients(fresh_seed):
 def at_work(no_gradients, make_model, make_inputs):
     """A model, the tokens and the context of two clips at once."""
     model, (inputs, noise) = make_model(), make_inputs(batch=2)
-    tokens, context = model.embed(noise, model.embed_time(torch.tensor([500.0, 9.0]))[1], model.condition(inputs))
+    tokens, context = model.embed(
+        noise, model.embed_time(torch.tensor([500.0, 9.0]))[1], model.condition(inputs), 500.0
+    )
     return model, tokens, context
 
 

@@ -162,7 +162,8 @@ def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, coun
     """Exact attention of bfloat16 or float16. B L N 128 -> the same.
 
     Args:
-        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees, in rising order.
+        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees; the last
+            tile of all, which may be partly filled, comes last where it is seen.
         counts: B*N tiles(q), int32: how many of them.
     """
     q, k, v = (x if is_aligned(x) else x.contiguous() for x in (q, k, v))

@@ -132,7 +132,8 @@ struct alignas(64) TensorMap {
 };
 
 // q, k, v: maps of B L N 128. scale: turns products into powers of two.
-// listed: (batch * heads) x query tiles x key tiles, of which the first `counts` are read, in rising order; null for all.
+// listed: (batch * heads) x query tiles x key tiles, of which the first `counts` are read; null for all of them. The
+// last tile of all, which may be partly filled, comes last.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend16(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
              u16* __restrict__ out, const int* __restrict__ listed, const int* __restrict__ counts, float scale, int queries,

@@ -111,7 +111,8 @@ __device__ __forceinline__ void hide_keys(int (&s)[64], int count, int lane) {
 }
 
 // heads: of all batch entries together. q, k, v: heads x tiles, those of k with their scales. out: bfloat16.
-// listed: heads x query tiles x key tiles, of which the first `counts` are read, in rising order; null for all of them.
+// listed: heads x query tiles x key tiles, of which the first `counts` are read; null for all of them. The last tile of
+// all, which may be partly filled, comes last.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend8(const u8* __restrict__ q, const float* __restrict__ q_scale, const u8* __restrict__ k,
             const u8* __restrict__ v, const float* __restrict__ v_scale, unsigned short* __restrict__ out,

@@ -329,6 +329,13 @@ def scaled_values(v: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return out, scales
 
 
+def lists_or_not(listed: Tensor | None, counts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both, or memory that is not read: a kernel takes no None in place of what another branch of it reads."""
+    if listed is None:
+        return (torch.empty(1, dtype=torch.int32, device=device),) * 2
+    return listed, counts
+
+
 def contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -340,7 +347,8 @@ def attend8(
     """Attention in 8 bits of bfloat16, float16 or float32. B L N D -> B L N D of the same type, D from 16 to 128.
 
     Args:
-        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees, in rising order.
+        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees; the last
+            tile of all, which may be partly filled, comes last where it is seen.
         counts: B*N tiles(q), int32: how many of them, at least one.
         capability: of the cards whose kernel is run, from (8, 9) on with FP8; that of the tensors' card if not given.
     """
@@ -358,7 +366,7 @@ def attend8(
         k8 = int8_rows(k, width, sampled_means(k), 1.0, per_row=False)
         v8 = scaled_values(v, width, value_type)
         attend8_kernel[(triton.cdiv(queries, tiling.BLOCK_M), batch * heads)](
-            *q8, *k8, *v8, out, listed, counts, queries, k.shape[1], heads, *strides(out), D=channels, WIDTH=width,
+            *q8, *k8, *v8, out, *lists_or_not(listed, counts, q.device), queries, k.shape[1], heads, *strides(out), D=channels, WIDTH=width,
             TILE=TILE, PEAK=PEAK[value_type], FLOAT8=value_type == torch.float8_e4m3fn,
             HALF_SUMS=has_slow_float32_sums(capability), HAS_LIST=listed is not None, **asdict(tiling),
         )  # fmt: skip
@@ -382,7 +390,7 @@ def attend16(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
         attend16_kernel[(triton.cdiv(queries, tiling.BLOCK_M), batch * heads)](
-            q, k, v, out, listed, counts, queries, k.shape[1], heads, score_factor(channels),
+            q, k, v, out, *lists_or_not(listed, counts, q.device), queries, k.shape[1], heads, score_factor(channels),
             *strides(q), *strides(k), *strides(v), *strides(out), D=channels,
             WIDTH=padded_width(channels, 16), TILE=TILE, HAS_LIST=listed is not None, **asdict(tiling),
         )  # fmt: skip

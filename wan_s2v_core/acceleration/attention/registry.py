@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...config import check_choice
 from ...errors import BackendUnavailable
 from ...model.attention import scaled_dot_product, sdpa
 from ...seams import Attend
@@ -31,6 +32,8 @@ EXACT_ERROR, LOSSY_ERROR = 0.006, 0.08
 """Relative L2 to float32 on random values that a backend is let pass with: what rounding to bfloat16 and 8 bits make,
 0.0023 and 0.040 to 0.053, and half as much again."""
 TRIAL_SHAPE = (1, 300, 2)
+TILE = 128
+MISSING = "a package cannot be imported"
 FAILS, IS_OFF = "it fails here", "its result is off"
 """How reasons begin that are told without being asked: of what is broken, rather than missing."""
 
@@ -73,7 +76,7 @@ def needed(install: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise BackendUnavailable(f"a package cannot be imported ({error}); pip install {install}") from error
+        raise BackendUnavailable(f"{MISSING} ({error}); pip install {install}") from error
 
 
 def need_card(setting: Setting) -> None:
@@ -172,6 +175,7 @@ BACKENDS = {
 }
 """Fastest first, among the exact ones and among the others, see benchmarks/README.md. The exact Triton kernel is there
 for lists of tiles; SDPA is faster without."""
+OURS = (HOPPER, HOPPER_8, PORTABLE, PORTABLE_8)
 CHOICES = (AUTO, AUTO_8, *BACKENDS)
 
 
@@ -186,17 +190,18 @@ class Chosen:
 
 
 @lru_cache(maxsize=64)
-def try_backend(name: str, setting: Setting) -> Chosen | str:
-    """A backend, loaded and tried; the reason if it cannot be used."""
-    backend = BACKENDS[name]
-    attend = None
+def try_backend(name: str, setting: Setting, takes_lists: bool = False) -> Chosen | str:
+    """A backend, loaded and tried, also on lists of tiles if it is to take them; the reason if it cannot be used."""
+    backend, loaded = BACKENDS[name], False
     try:
         attend, listed = backend.load(setting)
-        error = trial_error(attend, setting)
+        loaded = True
+        need(bool(listed or not takes_lists), "")
+        error = trial_error(listed if takes_lists else attend, setting, takes_lists)
     except Exception as error:  # a package of somebody else's: whatever it raises, it must not stop us
-        if isinstance(error, BackendUnavailable) and not attend:
-            return str(error)  # it is missing, not broken
-        return f"{FAILS} with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if not isinstance(error, BackendUnavailable) or (loaded and str(error)):
+            return f"{FAILS} with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return str(error) or "it takes no lists of tiles, which sparse attention needs"
     bound = EXACT_ERROR if backend.is_exact else LOSSY_ERROR
     if not error <= bound:
         return f"{IS_OFF} by {error:.3f} on random values, where {bound} is allowed"
@@ -204,13 +209,20 @@ def try_backend(name: str, setting: Setting) -> Chosen | str:
 
 
 @torch.inference_mode()
-def trial_error(attend: Attend, setting: Setting) -> float:
-    """Relative L2 to float32 on random values."""
+def trial_error(attend: Attend | AttendListed, setting: Setting, takes_lists: bool = False) -> float:
+    """Relative L2 to float32 on random values; with lists, of all tiles."""
     generator = torch.Generator(setting.device).manual_seed(0)
+    batch, tokens, heads = TRIAL_SHAPE
     shape = (*TRIAL_SHAPE, setting.head_width)
     q, k, v = (torch.randn(shape, generator=generator, device=setting.device).to(setting.dtype) for _ in range(3))
     exact = scaled_dot_product(q.float(), k.float(), v.float())
-    return float((attend(q, k, v, None).float() - exact).norm() / exact.norm())
+    if takes_lists:
+        tiles = -(-tokens // TILE)
+        listed = torch.arange(tiles, dtype=torch.int32, device=setting.device).repeat(batch * heads, tiles, 1)
+        out = attend(q, k, v, listed, torch.full_like(listed[..., 0], tiles))
+    else:
+        out = attend(q, k, v, None)
+    return float((out.float() - exact).norm() / exact.norm())
 
 
 def choose(name: str, setting: Setting, takes_lists: bool = False) -> Chosen:
@@ -222,39 +234,30 @@ def choose(name: str, setting: Setting, takes_lists: bool = False) -> Chosen:
         BackendUnavailable: if that one cannot be used here.
         ConfigError: if there is none of that name.
     """
-    from ...config import check_choice
-
     check_choice("attention", name, CHOICES)
     if name not in BACKENDS:
         return choose_automatically(setting, name == AUTO_8, takes_lists)
-    found = try_backend(name, setting)
-    if isinstance(found, Chosen) and takes_lists and not found.attend_listed:
-        found = "it takes no lists of tiles, which sparse attention needs"
-    if isinstance(found, str):
-        tried = {other: try_backend(other, setting) for other in BACKENDS}
-        usable = [other for other, one in tried.items() if serves(one, takes_lists)]
-        raise BackendUnavailable(
-            f"attention {name!r} cannot be used: {found}. Usable here: {', '.join([AUTO, *usable])}."
-        )
-    return found
-
-
-def serves(found: Chosen | str, takes_lists: bool) -> bool:
-    """Whether what `try_backend` found is of use."""
-    return isinstance(found, Chosen) and bool(found.attend_listed or not takes_lists)
+    found = try_backend(name, setting, takes_lists)
+    if isinstance(found, Chosen):
+        return found
+    usable = [other for other in BACKENDS if isinstance(try_backend(other, setting, takes_lists), Chosen)]
+    raise BackendUnavailable(f"attention {name!r} cannot be used: {found}. Usable here: {', '.join([AUTO, *usable])}.")
 
 
 def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -> Chosen:
-    """The fastest backend that works here. One that is broken, rather than missing, is warned about once."""
+    """The fastest backend that works here. One of ours that could be used if a package were there is warned about once,
+    and so is any that is broken."""
     exact = [backend.name for backend in BACKENDS.values() if backend.is_exact]
     lossy = [backend.name for backend in BACKENDS.values() if not backend.is_exact]
+    if takes_lists:
+        exact.sort(key=lambda name: name == SDPA)  # it has no kernel for them
     for name in (*lossy, *exact) if in_8_bits else exact:
-        found = try_backend(name, setting)
-        if serves(found, takes_lists):
+        found = try_backend(name, setting, takes_lists)
+        if isinstance(found, Chosen):
             if in_8_bits and found.is_exact:
                 warn_once("no attention in 8 bits can be used here: %s is used, which is exact", name)
             return found
-        if isinstance(found, str) and found.startswith((FAILS, IS_OFF)):
+        if found.startswith((FAILS, IS_OFF)) or (found.startswith(MISSING) and name in OURS):
             warn_once("attention %s is left out: %s", name, found)
     raise AssertionError("SDPA is always there")
 

@@ -3,7 +3,7 @@
 Which ones is chosen anew in every forward from the means of queries and keys in a tile (`scores`), or once per size by
 how near tiles are in picture and time (`distance`). Always looked at: a tile itself, the first latent frame, and the
 tokens of reference picture and motion, which hold the face and the join to the clip before. So that tiles are local,
-tokens of a frame are put into the order of bricks of 8 x 16 while they pass the stack.
+tokens of a frame are put into the order of strips of 11 columns while they pass the stack.
 
 Sources: Sparse VideoGen (arXiv 2502.01776), SpargeAttention (2502.18137), radial attention (2506.19852); the choice
 here is the simplest of its kind.
@@ -22,7 +22,6 @@ from .registry import AttendListed
 
 TILE = 128
 CPU = torch.device("cpu")
-BRICK_ROWS, BRICK_COLUMNS = 8, 16
 FRAMES_WEIGHT = 4.0
 """How many tokens of distance in a picture one latent frame counts as."""
 
@@ -98,7 +97,7 @@ def list_by_scores(q: Tensor, k: Tensor, grid: TileGrid, share: float) -> tuple[
 @torch.inference_mode(False)  # what is kept must serve training as well
 def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The choice by how near the middles of tiles are. heads tiles tiles, heads tiles, the same for all heads."""
-    order = brick_order(grid.frames, grid.rows, grid.columns)
+    order = strip_order(grid.frames, grid.rows, grid.columns)
     places = torch.stack(
         [
             order // grid.frame_tokens * FRAMES_WEIGHT,
@@ -117,13 +116,17 @@ def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.dev
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept must serve training as well
-def brick_order(frames: int, rows: int, columns: int) -> Tensor:
-    """Numbers of the noisy tokens, frame by frame, in the order of bricks of neighbours."""
+def strip_order(frames: int, rows: int, columns: int) -> Tensor:
+    """Numbers of the noisy tokens, frame by frame, down one strip of columns and up the next.
+
+    Strips are about as wide as a tile is high, so that any 128 tokens in a row are a block of neighbours, wherever the
+    tiles of a frame happen to begin.
+    """
+    strips = max(1, round(columns / TILE**0.5))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    bricks_across = -(-columns // BRICK_COLUMNS)
-    brick = row // BRICK_ROWS * bricks_across + column // BRICK_COLUMNS
-    within = row % BRICK_ROWS * BRICK_COLUMNS + column % BRICK_COLUMNS
-    order = (brick * BRICK_ROWS * BRICK_COLUMNS + within).flatten().argsort()
+    strip = column * strips // columns
+    along = torch.where(strip % 2 == 0, row, rows - 1 - row)
+    order = ((strip * rows + along) * columns + column).flatten().argsort()
     return (torch.arange(frames)[:, None] * rows * columns + order).flatten()
 
 
@@ -132,7 +135,7 @@ def brick_order(frames: int, rows: int, columns: int) -> Tensor:
 def token_order(grid: tuple[int, int, int], tokens: int, device: torch.device) -> Tensor:
     """The same for all tokens: those of reference picture and motion stay where they are."""
     noisy = grid[0] * grid[1] * grid[2]
-    return torch.cat([brick_order(*grid), torch.arange(noisy, tokens)]).to(device)
+    return torch.cat([strip_order(*grid), torch.arange(noisy, tokens)]).to(device)
 
 
 class SparsePlan:
@@ -167,8 +170,8 @@ def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: 
     return attend
 
 
-class BrickOrder(nn.Module):
-    """A stack whose tokens are in the order of bricks inside, and as they were outside. Exact: blocks know no order."""
+class StripOrder(nn.Module):
+    """A stack whose tokens are in the order of strips inside, and as they were outside. Exact: blocks know no order."""
 
     def __init__(self, stack: nn.Module, plan: SparsePlan):
         super().__init__()
