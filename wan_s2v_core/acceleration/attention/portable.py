@@ -366,8 +366,8 @@ def attend8(
         k8 = int8_rows(k, width, sampled_means(k), 1.0, per_row=False)
         v8 = scaled_values(v, width, value_type)
         attend8_kernel[(triton.cdiv(queries, tiling.BLOCK_M), batch * heads)](
-            *q8, *k8, *v8, out, *lists_or_not(listed, counts, q.device), queries, k.shape[1], heads, *strides(out), D=channels, WIDTH=width,
-            TILE=TILE, PEAK=PEAK[value_type], FLOAT8=value_type == torch.float8_e4m3fn,
+            *q8, *k8, *v8, out, *lists_or_not(listed, counts, q.device), queries, k.shape[1], heads, *strides(out),
+            D=channels, WIDTH=width, TILE=TILE, PEAK=PEAK[value_type], FLOAT8=value_type == torch.float8_e4m3fn,
             HALF_SUMS=has_slow_float32_sums(capability), HAS_LIST=listed is not None, **asdict(tiling),
         )  # fmt: skip
     return out
