@@ -116,8 +116,9 @@ def launch(name: str, out: Tensor, arguments: Sequence[Any], *defined: str) -> N
     places = np.array([one if isinstance(one, int) else address(one) for one in held], dtype=np.uint64)
     grid = (-(-queries // TILE), batch * heads, 1)
     function, shared = kernel(out.device.index or 0, name, *defined), SHARED_BYTES[name]
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    check(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, shared, stream, address(places), 0))
+    with torch.cuda.device(out.device):  # a kernel belongs to the context of its card
+        stream = torch.cuda.current_stream().cuda_stream
+        check(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, shared, stream, address(places), 0))
 
 
 def as_memory(argument: Any) -> np.ndarray | int:
@@ -186,7 +187,8 @@ def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, count
     from .tiles import key_tiles, query_tiles, value_tiles
 
     out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
-    parts = (*query_tiles(q), key_tiles(k), *value_tiles(v))
+    with torch.cuda.device(q.device):
+        parts = (*query_tiles(q), key_tiles(k), *value_tiles(v))
     attend_tiles(*parts, out=out, keys=k.shape[1], listed=listed, counts=counts)
     return out
 
