@@ -184,7 +184,7 @@ class AccelerationPlan(JsonConfig):
             )
         for name in ("sparse_dense_steps", "sparse_dense_blocks"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more. Use such as 2, or 0 for none.")
 
     def kept(self, blocks: int) -> float:
         """The share of attention that a sparse step computes, over all blocks."""

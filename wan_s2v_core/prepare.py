@@ -66,7 +66,7 @@ class LoadPlan:
         """Whether the VAE computes in bfloat16 with kernels of its own; on CPUs other ways are faster."""
         is_wanted = self.acceleration.vae == "bfloat16"
         if self.acceleration.vae == AUTO:
-            is_wanted = self.precision.dtype != torch.float32
+            is_wanted = self.precision.dtype != torch.float32 and has_bfloat16(self.device)
         return is_wanted and self.device.type == "cuda"
 
     def dtype(self, kind: str) -> torch.dtype:
@@ -173,7 +173,8 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
         "torch": torch.__version__,
         "device": loading.device.type,
         "linears": loading.precision.linears,
-        "acceleration": loading.acceleration.to_dict() | {"attention": attention_kind(parts[DIT].config, loading)},
+        "attention": attention_kind(parts[DIT].config, loading),
+        "sparse": sparse_facts(loading.acceleration),
         "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
         "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
@@ -186,6 +187,19 @@ def attention_kind(config: S2VModelConfig, loading: LoadPlan) -> str:
     """What of a run's attention shapes its pictures: exact ones differ by rounding alone."""
     chosen = choose_attention(loading.acceleration, config, loading.precision.dtype, loading.device)
     return "exact" if chosen.is_exact else chosen.name
+
+
+def sparse_facts(plan: AccelerationPlan) -> dict[str, Any]:
+    """What of a plan leaves something out; the rest of it changes pictures by rounding, or is told elsewhere."""
+    names = ("sparse_keep", "sparse_by", "sparse_dense_steps", "sparse_dense_blocks")
+    return {name: getattr(plan, name) for name in names} if plan.sparse_keep < 1 else {}
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a card convolves in bfloat16: Ampere and later, and AMD's."""
+    if device.type != "cuda":
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:

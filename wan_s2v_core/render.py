@@ -172,9 +172,7 @@ def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
         ConfigError: if there are any that this run cannot go on from, as far as its settings show.
     """
     before = read_settings(folder)
-    if not stored_keys(folder) or any(
-        before.get(name) != settings[name] for name in ("sampling", "routing", "acceleration")
-    ):
+    if not stored_keys(folder) or any(before.get(name) != settings[name] for name in ("sampling", "routing")):
         check_unused(folder)
 
 

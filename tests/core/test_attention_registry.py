@@ -311,3 +311,40 @@ def test_nothing_needs_triton_or_a_package_until_it_is_asked_for():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.split() == [SDPA, SDPA], run.stderr
+
+
+def test_too_little_memory_for_a_moment_is_no_reason(monkeypatch):
+    """A full card says nothing of a backend, so it is not remembered."""
+    honest, calls = registry.trial_error, []
+
+    def full_at_first(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return honest(*given)
+
+    monkeypatch.setattr(registry, "trial_error", full_at_first)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(SDPA, CPU)
+    assert choose(AUTO, CPU).name == SDPA
+
+
+def test_the_plain_way_is_there_whatever_its_trial_said(monkeypatch, caplog):
+    monkeypatch.setattr(registry, "trial_error", lambda *given: 0.5)
+    with caplog.at_level(logging.WARNING):
+        assert choose(AUTO, CPU).name == SDPA
+    assert "off by 0.500" in caplog.text
+
+
+def test_a_card_without_triton_leaves_nothing_out(replaced):
+    """Its plain way for lists of tiles would take minutes for a forward."""
+
+    def missing(setting):
+        raise BackendUnavailable("a package cannot be imported")
+
+    for name in BACKENDS:
+        if name != SDPA:
+            replaced(name, missing)
+    replaced(SDPA, lambda setting: (sdpa, sdpa))
+    with pytest.raises(BackendUnavailable, match=r"triton is missing.*sparse_keep to 1"):
+        choose(AUTO, CARD, takes_lists=True)

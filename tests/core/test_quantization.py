@@ -679,3 +679,16 @@ def save_single(weights, folder, tiny_maker):
     save_file(weights, path, metadata={"config": config})
     assert find_part(path).kind == names.DIT
     return path
+
+
+@pytest.mark.parametrize("linears", ["float8", "int8"])
+def test_parts_of_odd_sizes_are_not_multiplied_in_8_bits(linears, make_model):
+    """Experts that a feed-forward is split into may be of sizes that torch refuses in float8."""
+    layer = swapped(make_model(), linears).stack.blocks[0].feed_forward.up
+    odd = layer.part(rows=torch.arange(5))
+    whole = layer.part(rows=torch.arange(layer.out_features))
+    assert type(whole) is type(layer) and odd.out_features == 5
+    assert type(odd) is (Float8Linear if linears == "float8" else Int8Product)
+    x = torch.randn(3, layer.in_features)
+    expected = F.linear(x, odd.dequantized(torch.float32), odd.bias)
+    torch.testing.assert_close(odd(x), expected, atol=0.05, rtol=0.05)

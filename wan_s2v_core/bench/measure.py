@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 Call = Callable[[], Any]
 
 ATTENTION, LINEARS, OTHER, TRANSFERS = SPLIT = ("attention", "linears", "other", "transfers")
@@ -201,6 +203,8 @@ def device_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     import os
 
+    if not hasattr(os, "sysconf"):
+        raise ConfigError("how much main memory there is cannot be asked here. Say it with --memory_gb.")
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...config import check_choice
 from ...errors import BackendUnavailable
 from ...model.attention import scaled_dot_product, sdpa
-from ...seams import Attend
+from ...seams import Attend, BlockContext
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,11 @@ def need_card(setting: Setting) -> None:
 
 
 def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
-    return lambda q, k, v, context: function(q, k, v)
+    def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+        with torch.cuda.device_of(q):  # kernels are launched on the current card
+            return function(q, k, v)
+
+    return attend
 
 
 def load_sdpa(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -198,6 +202,8 @@ def try_backend(name: str, setting: Setting, takes_lists: bool = False) -> Chose
         loaded = True
         need(bool(listed or not takes_lists), "")
         error = trial_error(listed if takes_lists else attend, setting, takes_lists)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the backend, and what is raised is not kept
     except Exception as error:  # a package of somebody else's: whatever it raises, it must not stop us
         if not isinstance(error, BackendUnavailable) or (loaded and str(error)):
             return f"{FAILS} with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -241,6 +247,7 @@ def choose(name: str, setting: Setting, takes_lists: bool = False) -> Chosen:
     if isinstance(found, Chosen):
         return found
     usable = [other for other in BACKENDS if isinstance(try_backend(other, setting, takes_lists), Chosen)]
+    found = found.rstrip(".")
     raise BackendUnavailable(f"attention {name!r} cannot be used: {found}. Usable here: {', '.join([AUTO, *usable])}.")
 
 
@@ -249,8 +256,8 @@ def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -
     and so is any that is broken."""
     exact = [backend.name for backend in BACKENDS.values() if backend.is_exact]
     lossy = [backend.name for backend in BACKENDS.values() if not backend.is_exact]
-    if takes_lists:
-        exact.sort(key=lambda name: name == SDPA)  # it has no kernel for them
+    if takes_lists and setting.device.type != "cpu":
+        exact.remove(SDPA)  # it has no kernel for them: hundreds of times slower than all of it
     for name in (*lossy, *exact) if in_8_bits else exact:
         found = try_backend(name, setting, takes_lists)
         if isinstance(found, Chosen):
@@ -259,7 +266,12 @@ def choose_automatically(setting: Setting, in_8_bits: bool, takes_lists: bool) -
             return found
         if found.startswith((FAILS, IS_OFF)) or (found.startswith(MISSING) and name in OURS):
             warn_once("attention %s is left out: %s", name, found)
-    raise AssertionError("SDPA is always there")
+    if takes_lists:
+        raise BackendUnavailable(
+            f"no attention can leave anything out on {setting.device}: triton is missing or does not work. Install it, "
+            "or set sparse_keep to 1."
+        )
+    return Chosen(SDPA, True, *BACKENDS[SDPA].load(setting))  # the plain way, whatever its trial said
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...seams import Rows8
+from ..kernels import kernels_work
 from .linear8 import Linear8, Product8, check_rows, has_triton, largest_of_rows
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,14 @@ class Float8Product(Float8Linear, Product8):
     rows_dtype = FLOAT8
     forward = Product8.forward
 
+    def kind_of_part(self, plain: nn.Linear) -> type[Linear8]:
+        """Parts whose sizes torch does not multiply in 8 bits keep their weights in 8 bits alone."""
+        return type(self) if self.fits(plain) else Float8Linear
+
     def multiply(self, rows: Rows8) -> Tensor:
         if not rows.values.is_cuda:
             return multiply_emulated(rows, self)
         if scales_rows(rows.values.device):
             return multiply_scaled(rows, self)
-        return self.multiply_in_kernel(rows) if has_triton() else multiply_then_scale(rows, self)
+        has_kernel = has_triton() and kernels_work(rows.values.device)
+        return self.multiply_in_kernel(rows) if has_kernel else multiply_then_scale(rows, self)

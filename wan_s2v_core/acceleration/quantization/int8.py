@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...seams import Rows8
+from ..kernels import kernels_work
 from .linear8 import Linear8, Product8, has_triton, largest_of_rows
 
 LARGEST = 127
@@ -46,6 +47,6 @@ class Int8Product(Product8):
     quantize = staticmethod(quantize)
 
     def multiply(self, rows: Rows8) -> Tensor:
-        if not (rows.values.is_cuda and has_triton()):
+        if not (rows.values.is_cuda and has_triton() and kernels_work(rows.values.device)):
             return multiply_in_parts(rows, self)
         return self.multiply_in_kernel(rows)

@@ -123,7 +123,8 @@ def multiply_rows(
         blocks = triton.cdiv(len(values), tiling.BLOCK_M) * triton.cdiv(len(weight), tiling.BLOCK_N)
         multiply_kernel[(blocks,)](*tensors, len(values), *weight.shape, **flags, **vars(tiling))
 
-    launch(tiling or choose(values, weight, launch))
+    with torch.cuda.device_of(values):  # kernels are launched on the current card
+        launch(tiling or choose(values, weight, launch))
     return out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...model.vae import VideoVAE
+from ..kernels import kernels_work
 from .packing import DOWN, FRAME, POINT, SPREAD, UP
 from .streams import ALIGNED, Convolution, KernelStream, LibraryStream, Stream, fixed
 
@@ -247,15 +248,18 @@ class FastNetwork(nn.Module):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        return AutoencoderKLOutput(DiagonalGaussianDistribution(torch.stack([self._encode(one) for one in video])))
+        with torch.cuda.device_of(video):  # kernels are launched on the current card
+            means = torch.stack([self._encode(one) for one in video])
+        return AutoencoderKLOutput(DiagonalGaussianDistribution(means))
 
     def decode(self, latents: Tensor):
         """B C F h w -> pixels as diffusers gives them, B 3 T H W in float32."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         made = None
-        for i, one in enumerate(latents):
-            made = self._decode(one, made, i, len(latents))
+        with torch.cuda.device_of(latents):
+            for i, one in enumerate(latents):
+                made = self._decode(one, made, i, len(latents))
         return DecoderOutput(made)
 
     def _tiles(self, height: int, width: int, reach: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
@@ -335,7 +339,7 @@ def has_kernels(device: torch.device) -> bool:
     except ImportError as error:
         log.warning("the VAE runs without kernels of its own: %s. Install Triton 3.4 or newer for them.", error)
         return False
-    return True
+    return kernels_work(device)
 
 
 def speed_up(vae: VideoVAE, device: torch.device, dtype: torch.dtype = torch.bfloat16, tile_px: int | None = None):
