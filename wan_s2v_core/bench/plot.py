@@ -41,7 +41,7 @@ def draw(entries: Sequence[Entry], folder: Path) -> list[Path]:
         _draw_growth(axes[-1], series)
     files = [folder / "bench.png", folder / "bench.svg"]
     for file in files:
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=150, bbox_inches="tight")
     return files
 
 
@@ -61,7 +61,7 @@ def _draw_cases(axis: Any, entries: Sequence[Entry]) -> None:
     axis.set(xlim=(0, 1.15), xlabel="share of the time taken")
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=3)
 
 
 def _draw_growth(axis: Any, series: dict[str, list[Entry]]) -> None:
