@@ -29,7 +29,7 @@ def _swizzled(rows, columns):
     return rows * 128 + (((columns // 16) ^ (rows % 8)) * 16) + columns % 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _rows_kernel(
     x, mean, out, scales, tokens, batch_stride, token_stride, head_stride, heads, factor,
     HAS_MEAN: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr, FAINTEST: tl.constexpr,
@@ -55,7 +55,7 @@ def _rows_kernel(
     tl.store(out + number * BYTES + _swizzled(rows, columns), rounded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _largest_kernel(
     x, largest, tokens, batch_stride, token_stride, head_stride, heads, TILE: tl.constexpr, TOKENS: tl.constexpr
 ):
@@ -71,7 +71,7 @@ def _largest_kernel(
     tl.store(largest + (head * parts + part) * TILE + columns, most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _values_kernel(x, scales, out, tokens, batch_stride, token_stride, head_stride, heads, TILE: tl.constexpr):
     tile, head, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     quads, columns = tl.arange(0, TILE // 4)[:, None], tl.arange(0, TILE)[None, :]

@@ -22,7 +22,7 @@ def moved(values, gain, shift, PLUS_ONE: tl.constexpr):
     return values * gain + shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "noisy"])  # else sizes would be compiled anew
 def stream_kernel(
     x, x_batch, x_row, tokens, noisy,
     y, y_batch, y_row, gate, gate_batch, gate_row,

@@ -20,7 +20,7 @@ def turned(values, rotations, FIRST: tl.constexpr, PART: tl.constexpr, HEAD: tl.
     return tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (PART,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rotary_kernel(
     x, x_batch, x_row, tokens, weight, rope, rope_row, eps,
     WIDTH: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr,
