@@ -69,6 +69,10 @@ class LoadPlan:
             is_wanted = self.precision.dtype != torch.float32 and has_bfloat16(self.device)
         return is_wanted and self.device.type == "cuda"
 
+    def attention(self, config: S2VModelConfig) -> Chosen:
+        """The attention that a DiT of that config gets; see `choose_attention`."""
+        return choose_attention(self.acceleration, config, self.precision.dtype, self.device)
+
     def dtype(self, kind: str) -> torch.dtype:
         """VAE and audio encoder stay in full precision, as in the reference."""
         return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
@@ -173,7 +177,7 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
         "torch": torch.__version__,
         "device": loading.device.type,
         "linears": loading.precision.linears,
-        "attention": attention_kind(parts[DIT].config, loading),
+        "attention": attention_kind(loading.attention(parts[DIT].config)),
         "sparse": sparse_facts(loading.acceleration),
         "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
@@ -183,9 +187,8 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
     }
 
 
-def attention_kind(config: S2VModelConfig, loading: LoadPlan) -> str:
+def attention_kind(chosen: Chosen) -> str:
     """What of a run's attention shapes its pictures: exact ones differ by rounding alone."""
-    chosen = choose_attention(loading.acceleration, config, loading.precision.dtype, loading.device)
     return "exact" if chosen.is_exact else chosen.name
 
 

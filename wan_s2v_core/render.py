@@ -20,7 +20,7 @@ from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .model.checkpoint import DIT
 from .model.loading import find_part
 from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, choose_attention, choose_routing, plan_loading
+from .prepare import AUTO, choose_routing, plan_loading
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,11 @@ def render(
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    device = usable_device(request.device)
-    loading = plan_loading(request.precision, device, request.split_experts, acceleration)
+    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts, acceleration)
     text_device = "cpu" if request.text_on_cpu else None
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert)
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
-    choose_attention(acceleration, config, loading.precision.dtype, device)  # a wrong one is told before anything loads
+    loading.attention(config)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)
     voice = pipeline.encode_voice(recording)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)

@@ -4,6 +4,7 @@ which TRITON_INTERPRET is set before Triton is imported."""
 import numpy as np
 import pytest
 import torch
+from interpreted_kernels import convert
 from test_portable_attention import EXACT, VALUE_ERROR, gap, random_lists, random_qkv
 from triton.runtime import interpreter
 
@@ -17,20 +18,9 @@ EMULATED = {A100: 5e-4, RTX_3090: 3e-3, RTX_4090: 6e-3}
 """How far emulate8 may be off, relative L2. Scores differ in the last bits of float32, so that a probability near the
 middle between two numbers goes to the other one: a step is 1/8 of it in e4m3 and 1/1024 in float16. Sums in float16 are
 rounded to 1/2048 after each product here, where the tensor cores round once for 16."""
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn}
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 # --- what Triton 3.6's interpreter does otherwise than a card ----------------------------------------------------
-
-
-def convert(values, source, target, rounding=None):
-    """Rounds to the nearest and saturates. The interpreter cuts off."""
-    given = torch.from_numpy(np.ascontiguousarray(values).view(f"i{source.primitive_bitwidth // 8}"))
-    wide = given.view(TYPES[source.name]).float()
-    wide = wide.clamp(-448, 448) if target.name == "fp8e4nv" else wide
-    size = target.primitive_bitwidth // 8
-    return wide.to(TYPES[target.name]).view(BITS[size]).numpy().view(f"u{size}")
 
 
 def widen(handle):

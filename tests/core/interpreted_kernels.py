@@ -21,7 +21,7 @@ from wan_s2v_core.seams import BlockContext, Rows8
 BATCH, TOKENS, FRAMES = 2, 11, 3
 
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn}
 
 
 def convert(values, source, target, rounding=None):

@@ -4,25 +4,24 @@ by test_hopper_tiles.py in a process of its own, in which TRITON_INTERPRET is se
 Triton's interpreter cuts float32 off when it makes e4m3; `honest_rounding` has it round, as a card does.
 """
 
-import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from interpreted_kernels import honest_rounding, no_gradients  # noqa: F401  (fixtures)
 
+from wan_s2v_core.acceleration.attention import hopper
+from wan_s2v_core.acceleration.attention.reference import LARGEST_VALUE, sampled_means, score_factor
 from wan_s2v_core.acceleration.attention.tiles import (
     KEY_TILE_BYTES,
     TILE,
-    channel_means,
     key_tiles,
     query_tiles,
-    token_places,
-    unswizzle,
     value_tiles,
 )
 
-FACTOR = math.log2(math.e) / math.sqrt(TILE)
+FACTOR = score_factor(TILE)
 """What makes products of queries and keys powers of two."""
 CASES = [
     ((1, 128, 1), torch.bfloat16),
@@ -31,9 +30,24 @@ CASES = [
     ((2, 300, 1), torch.bfloat16),
 ]
 """B L N, and the type."""
-USUAL_P, LARGEST_P, WARP_ROWS = 6.75, 448.0, 16
-"""As in hopper8.cu: log2 of the largest probability when a row's base is set, the largest one that e4m3 holds, and the
-rows that raise their base together."""
+USUAL_P = float(re.search(r"USUAL_P = ([\d.]+)f", (hopper.FOLDER / hopper.SOURCES["attend8"]).read_text())[1])
+"""log2 of the largest probability when a row's base is set."""
+LARGEST_P, WARP_ROWS = LARGEST_VALUE[torch.float8_e4m3fn], 16
+"""The largest probability that e4m3 holds, and the rows that raise their base together."""
+
+
+def unswizzle(tiles):
+    """Tiles as rows of 128: ... 16384 -> ... 128 128."""
+    rows, columns = torch.arange(TILE)[:, None], torch.arange(TILE)[None]
+    places = rows * TILE + ((columns // 16) ^ (rows % 8)) * 16 + columns % 16
+    return tiles[..., places.to(tiles.device)]
+
+
+def token_places():
+    """Where in a row of a value tile each of its 128 tokens lies."""
+    token = torch.arange(TILE)
+    within = token % 16
+    return token - within + (within % 8) // 2 * 4 + within // 8 * 2 + within % 2
 
 
 def random(shape, dtype=torch.float32):
@@ -85,7 +99,7 @@ def test_query_tiles(shape, dtype):
 def test_key_tiles_leave_out_the_mean(shape, dtype):
     k = random(shape, dtype) + 10 * torch.randn(TILE).to(dtype)
     tiles = key_tiles(k)
-    means = channel_means(k)
+    means = sampled_means(k)
     torch.testing.assert_close(means, by_head(k)[:, ::16].mean(dim=1), atol=1e-4, rtol=1e-4)
     exact = as_tiles(by_head(k) - means[:, None])
     assert tiles.dtype == torch.int8 and tiles.shape == (*exact.shape[:2], KEY_TILE_BYTES)

@@ -6,7 +6,6 @@ Triton's cache, so that the next process does not compile them again.
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from .reference import TILE, score_factor, tiles_of
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 HEADER = "hopper.cuh"
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--use_fast_math", "-default-device")
-TILE, THREADS, BARRIER_BYTES, ALIGNMENT = 128, 384, 256, 1024
+THREADS, BARRIER_BYTES, ALIGNMENT = 384, 256, 1024
 DENSE_KEYS = 176
 """Keys of a tile where all are seen: fewer rounds, and all the registers there are."""
 SHARED_BYTES = {
@@ -32,8 +32,6 @@ SHARED_BYTES = {
     "attend16": 2 * (2 * 3 * TILE + TILE) * TILE + BARRIER_BYTES + ALIGNMENT,
 }
 SOURCES = {"attend8": "hopper8.cu", "attend16": "hopper16.cu"}
-SCORE_SCALE = math.log2(math.e) / math.sqrt(TILE)
-"""Scores become powers of two."""
 
 
 def check(result: tuple) -> tuple:
@@ -114,7 +112,7 @@ def launch(name: str, out: Tensor, arguments: Sequence[Any], *defined: str) -> N
     given = [*arguments, np.int32(heads), *(np.int64(stride) for stride in out.stride()[:3])]
     held = [as_memory(one) for one in given]
     places = np.array([one if isinstance(one, int) else address(one) for one in held], dtype=np.uint64)
-    grid = (-(-queries // TILE), batch * heads, 1)
+    grid = (tiles_of(queries), batch * heads, 1)
     function, shared = kernel(out.device.index or 0, name, *defined), SHARED_BYTES[name]
     with torch.cuda.device(out.device):  # a kernel belongs to the context of its card
         stream = torch.cuda.current_stream().cuda_stream
@@ -172,7 +170,7 @@ def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, coun
     keys = TILE if listed is not None else DENSE_KEYS
     maps = [tensor_map(q), tensor_map(k, keys), tensor_map(v, keys)]
     lengths = [np.int32(x.shape[1]) for x in (q, k)]
-    arguments = [*maps, out, listed, counts, np.float32(SCORE_SCALE), *lengths]
+    arguments = [*maps, out, listed, counts, np.float32(score_factor(TILE)), *lengths]
     launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []))
     return out
 
@@ -188,15 +186,7 @@ def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, count
 
     out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
     with torch.cuda.device(q.device):
-        parts = (*query_tiles(q), key_tiles(k), *value_tiles(v))
-    attend_tiles(*parts, out=out, keys=k.shape[1], listed=listed, counts=counts)
+        tiles = (*query_tiles(q), key_tiles(k), *value_tiles(v))
+    lengths = [np.int32(x.shape[1]) for x in (q, k)]
+    launch("attend8", out, [*tiles, out, listed, counts, *lengths])
     return out
-
-
-def attend_tiles(
-    q: Tensor, q_scale: Tensor, k: Tensor, v: Tensor, v_scale: Tensor, out: Tensor, keys: int,
-    listed: Tensor | None = None, counts: Tensor | None = None,
-) -> None:  # fmt: skip
-    """The same for values that are tiles already (see tiles.py), into `out`."""
-    tensors = (q, q_scale, k, v, v_scale, out, listed, counts)
-    launch("attend8", out, [*tensors, np.int32(out.shape[1]), np.int32(keys)])

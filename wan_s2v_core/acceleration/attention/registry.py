@@ -17,6 +17,7 @@ from ...config import check_choice
 from ...errors import BackendUnavailable
 from ...model.attention import scaled_dot_product, sdpa
 from ...seams import Attend, BlockContext
+from .reference import attend_listed, tiles_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ EXACT_ERROR, LOSSY_ERROR = 0.006, 0.08
 """Relative L2 to float32 on random values that a backend is let pass with: what rounding to bfloat16 and 8 bits make,
 0.0023 and 0.040 to 0.053, and half as much again."""
 TRIAL_SHAPE = (1, 300, 2)
-TILE = 128
 MISSING = "a package cannot be imported"
 FAILS, IS_OFF = "it fails here", "its result is off"
 """How reasons begin that are told without being asked: of what is broken, rather than missing."""
@@ -93,8 +93,6 @@ def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Att
 
 
 def load_sdpa(setting: Setting) -> tuple[Attend, AttendListed | None]:
-    from .reference import attend_listed
-
     return sdpa, attend_listed
 
 
@@ -223,7 +221,7 @@ def trial_error(attend: Attend | AttendListed, setting: Setting, takes_lists: bo
     q, k, v = (torch.randn(shape, generator=generator, device=setting.device).to(setting.dtype) for _ in range(3))
     exact = scaled_dot_product(q.float(), k.float(), v.float())
     if takes_lists:
-        tiles = -(-tokens // TILE)
+        tiles = tiles_of(tokens)
         listed = torch.arange(tiles, dtype=torch.int32, device=setting.device).repeat(batch * heads, tiles, 1)
         out = attend(q, k, v, listed, torch.full_like(listed[..., 0], tiles))
     else:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ...config import SPARSE_BY_DISTANCE
 from ...seams import Attend, BlockContext
+from .reference import TILE, tiles_of
 from .registry import AttendListed
 
-TILE = 128
 CPU = torch.device("cpu")
 FRAMES_WEIGHT = 4.0
 """How many tokens of distance in a picture one latent frame counts as."""
@@ -38,7 +38,7 @@ class TileGrid:
 
     @property
     def tiles(self) -> int:
-        return -(-self.tokens // TILE)
+        return tiles_of(self.tokens)
 
     @property
     def frame_tokens(self) -> int:
@@ -61,12 +61,10 @@ def always_kept(grid: TileGrid, device: torch.device = CPU) -> Tensor:
 def tile_means(x: Tensor) -> Tensor:
     """Mean of each tile of tokens. B L N D -> B N tiles D, float32."""
     tokens = x.shape[1]
-    tiles = -(-tokens // TILE)
     whole = tokens // TILE * TILE
     means = x[:, :whole].unflatten(1, (-1, TILE)).mean(dim=2, dtype=torch.float32)
     if whole < tokens:
         means = torch.cat([means, x[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float32)], dim=1)
-    assert means.shape[1] == tiles
     return means.transpose(1, 2)
 
 

@@ -6,21 +6,15 @@ channel; of each 16 tokens in a row, the order is the one in which the accumulat
 that probabilities enter the next product from the registers they are in.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 128
+from .reference import FAINTEST, LARGEST_VALUE, TILE, sampled_means, score_factor, tiles_of
+
 KEY_TILE_BYTES = TILE * TILE + 16
-FAINTEST = 1e-18
-"""Scales are no smaller: a score of minus infinity times a scale of zero would be NaN."""
-LARGEST_INT8, LARGEST_E4M3 = 127.0, 448.0
-MEAN_STRIDE = 16
-"""Every so many tokens are looked at for the mean of the keys. What is subtracted need not be the exact mean: any
-vector leaves softmax as it is, since it adds the same to all scores of a query."""
+LARGEST_E4M3 = LARGEST_VALUE[torch.float8_e4m3fn]
 TOKENS_AT_ONCE = 1024
 
 
@@ -97,15 +91,6 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), x.shape[2]
 
 
-def tiles_of(tokens: int) -> int:
-    return -(-tokens // TILE)
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """About the mean of every channel of every head over the tokens. B L N 128 -> B*N 128, float32."""
-    return x[:, ::MEAN_STRIDE].mean(dim=1, dtype=torch.float32).flatten(0, 1)
-
-
 def _rows(x: Tensor, out: Tensor, scales: Tensor, mean: Tensor | None, factor: float, per_row: bool) -> None:
     batch, tokens, heads, _ = x.shape
     _rows_kernel[(tiles_of(tokens), batch * heads)](
@@ -125,7 +110,7 @@ def query_tiles(q: Tensor) -> tuple[Tensor, Tensor]:
     heads, tiles = q.shape[0] * q.shape[2], tiles_of(q.shape[1])
     out = torch.empty(heads, tiles, TILE * TILE, device=q.device, dtype=torch.int8)
     scales = torch.empty(heads, tiles, TILE, device=q.device)
-    _rows(q, out, scales, None, math.log2(math.e) / math.sqrt(TILE), per_row=True)
+    _rows(q, out, scales, None, score_factor(TILE), per_row=True)
     return out, scales
 
 
@@ -133,7 +118,7 @@ def key_tiles(k: Tensor) -> Tensor:
     """int8 tiles of keys less their mean, each with its float32 scale behind it. B L N 128 -> B*N tiles 16400."""
     heads, tiles = k.shape[0] * k.shape[2], tiles_of(k.shape[1])
     out = torch.empty(heads, tiles, KEY_TILE_BYTES, device=k.device, dtype=torch.int8)
-    _rows(k, out, out.view(torch.float32), channel_means(k), 1.0, per_row=False)
+    _rows(k, out, out.view(torch.float32), sampled_means(k), 1.0, per_row=False)
     return out
 
 
@@ -148,17 +133,3 @@ def value_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     words = out.view(torch.int32)
     _values_kernel[(tiles, all_heads)](x, scales, words, tokens, *_layout(x), TILE=TILE, num_warps=4)
     return out, scales
-
-
-def unswizzle(tiles: Tensor) -> Tensor:
-    """Tiles as rows of 128: ... 16384 -> ... 128 128."""
-    rows, columns = torch.arange(TILE)[:, None], torch.arange(TILE)[None]
-    places = rows * TILE + ((columns // 16) ^ (rows % 8)) * 16 + columns % 16
-    return tiles[..., places.to(tiles.device)]
-
-
-def token_places() -> Tensor:
-    """Where in a row of a value tile each of its 128 tokens lies."""
-    token = torch.arange(TILE)
-    within = token % 16
-    return token - within + (within % 8) // 2 * 4 + within // 8 * 2 + within % 2

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...seams import Rows8
-from ..rows8 import quantize_rows
+from ..rows8 import FAINTEST, quantize_rows
 
 log = logging.getLogger(__name__)
-
-FAINTEST = 2.0**-100
-"""A row whose values are all below this, such as one of zeros, is scaled as if this were its largest."""
 
 
 def largest_of_rows(weight: Tensor) -> Tensor:
