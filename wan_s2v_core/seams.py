@@ -40,13 +40,12 @@ class BlockContext:
     """How noisy they are, 0 to 1000; the largest where batch entries differ."""
     branch: str = "cond"
     """Which guidance branch this is, for caches that must keep the branches apart."""
-    frame_tokens: int = 0
-    """Noisy tokens of one latent frame in the whole sequence, also where only a part of it is at hand; 0: unknown."""
 
     @property
     def has_all_frames(self) -> bool:
         """Whether the noisy tokens at hand are all there are: every latent frame, whole and in order."""
-        return self.noisy_tokens == self.frame_tokens * self.audio_tokens.shape[1]
+        frames, rows, columns = self.grid
+        return self.noisy_tokens == frames * rows * columns
 
     def segments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy tokens, and the rest. B L ... -> two views."""

@@ -55,7 +55,7 @@ def make_context(noisy: int, width: int, dtype: torch.dtype) -> BlockContext:
         audio_tokens=torch.empty(BATCH, FRAMES, 5, width),
         audio_frames=None,
         dtype=dtype,
-        grid=(1, 1, noisy),
+        grid=(FRAMES, 1, noisy),
         timestep=500.0,
     )
 

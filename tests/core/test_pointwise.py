@@ -75,7 +75,7 @@ def test_frames_as_a_batch_hear_what_a_mask_lets_them(at_work):
     model, tokens, context = at_work
     assert context.has_all_frames
     for injector in model.stack.injectors:
-        masked = injector(tokens, replace(context, frame_tokens=0))
+        masked = injector(tokens, replace(context, grid=(0, 0, 0)))
         torch.testing.assert_close(injector(tokens, context), masked, atol=2e-6, rtol=1e-5)
 
 

@@ -228,7 +228,6 @@ class S2VTransformer(nn.Module):
             grid=condition.grid,
             timestep=timestep,
             branch=condition.branch,
-            frame_tokens=tokens[1] * tokens[2],
         )
         return torch.cat([noisy, condition.side_tokens.expand(noisy.shape[0], -1, -1)], dim=1), context
 
