@@ -40,7 +40,7 @@ from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
-from wan_s2v_core.memory import CheckpointNetworks  # noqa: E402
+from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402

@@ -29,7 +29,7 @@ from ..wan_s2v_core.config import DEMO, AccelerationPlan, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
-from ..wan_s2v_core.memory import Home
+from ..wan_s2v_core.memory.home import Home
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, load
 from ..wan_s2v_core.prepare import AUTO, plan_loading

@@ -20,7 +20,8 @@ from .errors import BackendUnavailable, CheckpointError, ConfigError, OutOfMemor
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
-from .memory import CheckpointNetworks, Networks, forward_bytes, vae_bytes, voice_bytes
+from .memory.budget import forward_bytes, vae_bytes, voice_bytes
+from .memory.networks import CheckpointNetworks, Networks
 from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE, kind_of
 from .model.dit import ClipInputs, S2VTransformer

@@ -17,7 +17,7 @@ from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, VideoConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, ClipGeometry, output_size, plan_clips
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory import CheckpointNetworks
+from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.prepare import plan_loading
 
 SIZES = [  # picture height and width, area -> height and width, as the reference gives them

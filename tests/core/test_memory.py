@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan_s2v_core.acceleration.quantization import swap_linears
-from wan_s2v_core.memory import Home
+from wan_s2v_core.memory.home import Home
 from wan_s2v_core.model.text_encoder import TextEncoder
 
 SIZES = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}

@@ -27,7 +27,7 @@ from wan_s2v_core.io import clip_store
 from wan_s2v_core.io.audio import Recording, read_recording
 from wan_s2v_core.io.clip_store import ClipStore
 from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
-from wan_s2v_core.memory import CheckpointNetworks
+from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from wan_s2v_core.pipeline import MEMORY_REMEDIES, S2VPipeline, told
 from wan_s2v_core.prepare import plan_loading

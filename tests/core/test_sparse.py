@@ -28,7 +28,7 @@ from wan_s2v_core.acceleration.keys_values import KeptKeysValues
 from wan_s2v_core.acceleration.pointwise import FusedPointwise, attach
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
 from wan_s2v_core.errors import ConfigError
-from wan_s2v_core.memory import CheckpointNetworks
+from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
 from wan_s2v_core.model.pointwise import Pointwise

@@ -12,7 +12,7 @@ from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, make_condit
 from wan_s2v_core.config import S2VModelConfig, SamplingConfig, VideoConfig
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT, PIXELS_PER_LATENT, frames_of, latent_frames_of
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory import CheckpointNetworks
+from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.audio import CausalAudioEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.dit import ClipInputs

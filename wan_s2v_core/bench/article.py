@@ -13,7 +13,7 @@ from ..conditioning.bundle import S2VConditioning, make_conditioning
 from ..config import DEFAULT_NEGATIVE_PROMPT, S2VModelConfig, SamplingConfig, VideoConfig
 from ..errors import ConfigError
 from ..io.audio import SPEECH_HZ, Recording
-from ..memory import CheckpointNetworks
+from ..memory.networks import CheckpointNetworks
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..sampling.clips import ClipTask
 from .cases import Case, Result, article_flop

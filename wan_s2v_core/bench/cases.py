@@ -11,7 +11,7 @@ import torch
 from ..config import AccelerationPlan, JsonConfig, S2VModelConfig, SamplingConfig
 from ..errors import ConfigError
 from ..geometry import ClipGeometry
-from ..memory import forward_bytes, vae_bytes
+from ..memory.budget import forward_bytes, vae_bytes
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..pipeline import usable_device
 from ..prepare import AUTO

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..memory import Networks
+from ..memory.networks import Networks
 from ..pipeline import S2VPipeline
 from .measure import PeakMemory, now
 
