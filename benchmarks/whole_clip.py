@@ -88,7 +88,7 @@ def random_networks(sizes: dict[str, Any], precision: str, device: torch.device,
     networks = CheckpointNetworks({}, loading, offload)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
-        networks.loaded[kind] = random_network(kind, sizes[kind], loading, home)
+        networks.put(kind, random_network(kind, sizes[kind], loading, home))
     return networks
 
 

@@ -16,9 +16,10 @@ from .conditioning.image import read_picture
 from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
 from .errors import ConfigError
 from .io.audio import read_recording
+from .memory.attempts import Attempts
 from .model.checkpoint import DIT
 from .model.loading import find_part
-from .pipeline import S2VPipeline, noise_of, open_checkpoint, sample_clip, sampling_bytes, usable_device
+from .pipeline import S2VPipeline, noise_of, open_checkpoint, sample_clip, sampling_plan, usable_device
 from .prepare import AUTO, plan_loading
 from .sampling.clips import ClipTask
 from .sampling.denoise import OnStep
@@ -98,6 +99,7 @@ def sample_tokens(
     text, negative_text, picture = (value.to(pipeline.device) for value in (job.text, job.negative_text, job.reference))
     task = ClipTask(0, noise_of(job, 0, sampling, pipeline.device), pipeline.encode(picture), None)
     inputs = pipeline.clip_inputs(job, task, text)
-    with pipeline.network(DIT, sampling_bytes(task.noise)) as model, sampled_tokens(model) as samples:
+    planned = Attempts(pipeline.networks, DIT, sampling_plan(task.noise, pipeline.networks.limits)).planned
+    with pipeline.network(DIT, planned) as model, sampled_tokens(model) as samples:
         sample_clip(model, inputs, negative_text, task.noise, sampling, on_step)
     return [sample.tokens for sample in samples]

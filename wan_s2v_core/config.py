@@ -192,6 +192,83 @@ class AccelerationPlan(JsonConfig):
         return (dense + (blocks - dense) * self.sparse_keep) / blocks
 
 
+MEMORY_PROFILES = {
+    "8 GB": 8.0,
+    "10 GB": 10.0,
+    "12 GB": 12.0,
+    "16 GB": 16.0,
+    "24 GB": 24.0,
+    "48 GB": 48.0,
+    "80 GB": 80.0,
+}
+"""Sizes of cards, by the names that nodes offer them under."""
+
+
+@dataclass(frozen=True)
+class MemoryLimits(JsonConfig):
+    """What a run may use of a card, and what of that is decided by hand. What is None is decided by measuring."""
+
+    vram_limit_gb: float | None = None
+    """As if the card had so many GB, of 1e9 bytes."""
+    resident_blocks: int | None = None
+    """Blocks of the DiT that stay on the card."""
+    slice_tokens: int | None = None
+    """Tokens that the DiT computes at once; 0: all."""
+    tile_px: int | None = None
+    """Side of the VAE's tiles; 0: whole pictures."""
+
+    def __post_init__(self):
+        if self.vram_limit_gb is not None and not 0 < self.vram_limit_gb < float("inf"):
+            raise ConfigError(
+                f"vram_limit_gb={self.vram_limit_gb} must be above 0. Use the size of a card, such as 8 or 12, or "
+                "leave it out to measure what is free."
+            )
+        for name in ("resident_blocks", "slice_tokens", "tile_px"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name}={value} must be 0 or more. Leave it out to let it be decided.")
+
+
+@dataclass(frozen=True)
+class OffloadPlan(JsonConfig):
+    """How a network is on the card for its stage: what of it waits in main memory, and how much is computed at once.
+
+    Results are the same under every plan, up to rounding where `slice_tokens` or `tile_px` cut a stage into parts. The
+    default is the whole network and everything at once. Made by `memory.budget`.
+    """
+
+    resident_layers: int | None = None
+    """Blocks or layers that stay on the card; the others take turns there. None: the whole network stays."""
+    slots: int = 2
+    """Layers that are there for a turn: 2 fetch the next while one computes, 1 does not."""
+    keeps_injectors: bool = True
+    """Whether the DiT's audio injectors stay, where not all of its blocks do."""
+    keeps_seldom: bool = True
+    """Whether what the DiT uses once a clip or step stays: embeddings and the voice's encoder."""
+    slice_tokens: int | None = None
+    """Tokens that the DiT computes at once; None: all."""
+    keeps_keys_values: bool = True
+    """Whether keys and values of text and voice stay from step to step."""
+    tile_px: int | None = None
+    """Side of the tiles in which the VAE computes; None: whole pictures."""
+    holds_pixels: bool = True
+    """Whether decoded pictures stay on the card until the clip is done."""
+    locks: bool = True
+    """Whether layers wait in locked memory, from which they travel fastest; or where the checkpoint is mapped."""
+
+    def __post_init__(self):
+        if self.resident_layers is not None and self.resident_layers < 0:
+            raise ConfigError(f"resident_layers={self.resident_layers} must be 0 or more. Leave it out for all.")
+        if self.slots not in (1, 2):
+            raise ConfigError(
+                f"slots={self.slots}: 2 fetch a layer while another computes, 1 does not. Use one of them."
+            )
+
+    @property
+    def swaps(self) -> bool:
+        return self.resident_layers is not None
+
+
 SOLVERS = ("unipc", "dpm++", "euler")
 SIGMA_SPACINGS = ("flow", "karras")
 NOISES = ("cpu", "reference")

@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +17,29 @@ from .conditioning.audio import FEATURE_HZ, resample_features
 from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
-from .config import ExpertRouting, S2VModelConfig, SamplingConfig
-from .errors import BackendUnavailable, CheckpointError, ConfigError, OutOfMemory
+from .config import ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
+from .errors import BackendUnavailable, CheckpointError, ConfigError
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
-from .memory.budget import forward_bytes, vae_bytes, voice_bytes
+from .memory.attempts import Attempts
+from .memory.budget import (
+    TEXT_BYTES,
+    WHOLE,
+    Choose,
+    Planned,
+    Room,
+    Sizes,
+    dit_candidates,
+    forward_bytes,
+    plan_stage,
+    vae_bytes,
+    voice_bytes,
+    whole,
+)
 from .memory.networks import CheckpointNetworks, Networks
 from .model.audio_encoder import SPEECH_FEATURE_HZ
-from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE, kind_of
+from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
@@ -35,6 +51,8 @@ from .sampling.schedule import make_schedule
 from .seams import Denoiser
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def branch_inputs(inputs: ClipInputs, negative_text: Tensor, branch: str) -> ClipInputs:
@@ -83,10 +101,15 @@ def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: to
     return clip_noise(shape, config.seed, clip, device, config.noise)
 
 
-def sampling_bytes(noise: Tensor) -> int:
-    """Memory for denoising this clip, besides the weights."""
+def sampling_plan(noise: Tensor, limits: MemoryLimits) -> Choose:
+    """How a clip can be denoised."""
     frames, height, width = noise.shape[2:]
-    return forward_bytes((frames + 2) * height * width // PATCH**2)  # picture and motion add about two frames
+    tokens = (frames + 2) * height * width // PATCH**2  # picture and motion add about two frames
+
+    def choose(room: Room, sizes: Sizes) -> Planned:
+        return plan_stage(dit_candidates(limits), lambda plan: forward_bytes(tokens), room, sizes)
+
+    return choose
 
 
 def usable_device(name: str) -> torch.device:
@@ -125,6 +148,7 @@ def open_checkpoint(
     offload: bool = True,
     text_device: str | None = None,
     noise_expert: str | None = None,
+    limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
 ) -> CheckpointNetworks:
     """The networks of a checkpoint folder, found and checked but not loaded. Arguments as for CheckpointNetworks.
 
@@ -140,7 +164,7 @@ def open_checkpoint(
     if noise_expert:
         paths[LOW_NOISE_DIT] = Path(noise_expert)
     check_parts(paths)
-    return CheckpointNetworks(paths, loading, offload, text_device)
+    return CheckpointNetworks(paths, loading, offload, text_device, limits)
 
 
 def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_layers: int) -> None:
@@ -192,17 +216,40 @@ def told(network: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
             hook.remove()
 
 
-MEMORY_REMEDIES = {
-    DIT: "Choose a smaller size, fewer frames per clip, precision float8-weights or offload",
-    VAE: "Choose a smaller size or fewer frames per clip",
-    TEXT_ENCODER: "Let the text encoder run on the CPU",
-    SPEECH_ENCODER: "Use a shorter part of the recording; it is heard as a whole",
-}
+class PlacedDenoiser:
+    """A denoiser whose network is placed for it; where memory runs out in a step, that step is repeated under a
+    tighter plan. A context: its network leaves with it.
 
+    Args:
+        place: gives the denoiser under a plan.
+        attempts: the plans.
+    """
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class of its own for cards; main memory that runs out is told in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    def __init__(self, place: Callable[[Planned], AbstractContextManager[Denoiser]], attempts: Attempts):
+        self.place, self.attempts, self.placed = place, attempts, ExitStack()
+        self.denoiser: Denoiser | None = None
+
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+        return self.attempts.run(lambda planned: self._step(planned, latents, timestep))
+
+    def _step(self, planned: Planned, latents: Tensor, timestep: float) -> Tensor:
+        try:
+            if self.denoiser is None:
+                self.denoiser = self.placed.enter_context(self.place(planned))
+            return self.denoiser(latents, timestep)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        self.denoiser = None  # what it has embedded is on the card
+        self.placed.close()
+
+    def __enter__(self) -> "PlacedDenoiser":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.leave()
 
 
 class S2VPipeline:
@@ -223,30 +270,33 @@ class S2VPipeline:
         return self.networks.device
 
     @contextmanager
-    def network(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        """One network, for one stage. `name`: as for `Networks.use`.
+    def network(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
+        """One network, for one stage, as planned. `name`: as for `Networks.use`."""
+        self.check()
+        with self.networks.use(name, planned) as network, told(network, self.check):
+            yield network
+
+    def run(self, name: str, choose: Choose, work: Callable[[nn.Module], T]) -> T:
+        """Do a stage's work with its network, under the fastest plan that fits.
 
         Raises:
-            OutOfMemory: if the stage does not fit.
+            OutOfMemory: if none does.
         """
-        self.check()
-        try:
-            with self.networks.use(name, working_bytes) as network, told(network, self.check):
-                yield network
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason, kind = str(error).partition("\n")[0] or "no reason given", kind_of(name)
-            raise OutOfMemory(
-                f"{self.device} has not enough memory for the {PART_LABELS[kind]} ({reason}) "
-                f"{MEMORY_REMEDIES[kind]}, or close what else uses it."
-            ) from error
+
+        def attempt(planned: Planned) -> T:
+            with self.network(name, planned) as network:
+                return work(network)
+
+        return Attempts(self.networks, name, choose).run(attempt)
 
     @torch.inference_mode()
     def encode_prompts(self, *prompts: str) -> tuple[Tensor, ...]:
         """Each 1 L E, in main memory."""
-        with self.network(TEXT_ENCODER) as encoder:
-            return tuple(encoder.encode(prompt).cpu() for prompt in prompts)
+        return self.run(
+            TEXT_ENCODER,
+            whole(TEXT_BYTES),
+            lambda encoder: tuple(encoder.encode(prompt).cpu() for prompt in prompts),
+        )
 
     @torch.inference_mode()
     def encode_voice(self, recording: Recording) -> Voice:
@@ -256,9 +306,12 @@ class S2VPipeline:
             ConfigError: if no features can be computed from it.
         """
         check_recording(recording)
-        with self.network(SPEECH_ENCODER, voice_bytes(recording.seconds)) as encoder:
+
+        def hear(encoder: nn.Module) -> Voice:
             hidden = encoder.hidden_states(recording.speech())
             return Voice(recording, resample_features(hidden, SPEECH_FEATURE_HZ, FEATURE_HZ).cpu())
+
+        return self.run(SPEECH_ENCODER, whole(voice_bytes(recording.seconds)), hear)
 
     @torch.inference_mode()
     def generate(
@@ -310,10 +363,10 @@ class S2VPipeline:
         """Denoise one clip, with one DiT or a pair, of which the second is placed when the first has left."""
 
         @contextmanager
-        def expert(name: str) -> Iterator[Denoiser]:
-            with self.network(name, sampling_bytes(noise)) as model:
+        def placed(name: str, planned: Planned) -> Iterator[Denoiser]:
+            with self.network(name, planned) as model:
                 if plan := self.networks.acceleration:
-                    accelerate(model, plan)
+                    accelerate(model, plan, planned.plan)
                     set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
                 set_routing(model, routing or ExpertRouting())
                 take_load(model)
@@ -322,13 +375,14 @@ class S2VPipeline:
 
         names = (DIT,) if config.noise_boundary is None else (DIT, LOW_NOISE_DIT)
         boundaries = () if config.noise_boundary is None else (config.noise_boundary,)
-        serving: list[Denoiser] = []
+        serving: list[PlacedDenoiser] = []
         with ExitStack() as stack:
 
             def switch(number: int) -> None:
-                serving.clear()  # what it has embedded is on the card
+                serving.clear()
                 stack.close()
-                serving.append(stack.enter_context(expert(names[number])))
+                attempts = Attempts(self.networks, names[number], sampling_plan(noise, self.networks.limits))
+                serving.append(stack.enter_context(PlacedDenoiser(partial(placed, names[number]), attempts)))
 
             each = [lambda *step: serving[0](*step)] * len(names)
             return denoise(noise_experts(boundaries, each, switch), noise, config, on_step)
@@ -354,10 +408,8 @@ class S2VPipeline:
         return self.encode(pose_pixels(seen, frames, *job.size_px).to(self.device))[:, :, 1:]
 
     def encode(self, video: Tensor) -> Tensor:
-        with self.network(VAE, vae_bytes(*video.shape[-2:])) as vae:
-            return vae.encode(video)
+        return self.run(VAE, whole(vae_bytes(*video.shape[-2:])), lambda vae: vae.encode(video))
 
     def decode(self, latents: Tensor) -> Tensor:
         sides = (PIXELS_PER_LATENT * side for side in latents.shape[-2:])
-        with self.network(VAE, vae_bytes(*sides)) as vae:
-            return vae.decode(latents)
+        return self.run(VAE, whole(vae_bytes(*sides)), lambda vae: vae.decode(latents))

@@ -17,12 +17,12 @@ from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
-from .acceleration.keys_values import keep_keys_values
+from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise
 from .acceleration.quantization import check_device, swap_linears
 from .acceleration.vae.network import speed_up
-from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
+from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.dit import S2VTransformer
 from .model.loading import find_part
@@ -107,8 +107,9 @@ class LoadPlan:
             speed_up(network, self.device)
 
 
+EVERYTHING = OffloadPlan()
 ACCELERATED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Model -> plan and device that it is made faster with now."""
+"""Model -> plans and device that it is made faster and smaller with now."""
 
 
 def choose_attention(
@@ -130,13 +131,16 @@ def attention_line(chosen: Chosen, plan: AccelerationPlan) -> str:
     return f"attention: {chosen.name}{share} ({'exact' if chosen.is_exact and not is_sparse else 'lossy'})"
 
 
-def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
-    """Attach what a plan says to a loaded DiT at its seams, in place of what was attached before.
+def accelerate(model: S2VTransformer, plan: AccelerationPlan, memory: OffloadPlan = EVERYTHING) -> None:
+    """Attach what plans say to a loaded DiT at its seams, in place of what was attached before.
 
+    Args:
+        memory: of it, what says how much is computed at once and kept.
     Raises:
         BackendUnavailable, ConfigError: as for `choose_attention`.
     """
-    if ACCELERATED.get(model) == (plan, model.device):
+    attached = plan, memory.slice_tokens, memory.keeps_keys_values, model.device
+    if ACCELERATED.get(model) == attached:
         return
     ACCELERATED.pop(model, None)
     is_sparse = plan.sparse_keep < 1
@@ -154,8 +158,11 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan) -> None:
     part_pointwise(model)
     if plan.fused:
         fuse_pointwise(model)
-    keep_keys_values(model)
-    ACCELERATED[model] = plan, model.device
+    if memory.keeps_keys_values:
+        keep_keys_values(model)
+    else:
+        compute_keys_values(model)
+    ACCELERATED[model] = attached
     log.info(attention_line(chosen, plan))
 
 

@@ -19,6 +19,7 @@ from wan_s2v_core.config import ExpertRouting, SamplingConfig, VideoConfig
 from wan_s2v_core.errors import ConfigError, OutOfMemory
 from wan_s2v_core.io.audio import read_recording
 from wan_s2v_core.io.video import read_frames
+from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, VAE, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
@@ -107,12 +108,12 @@ class Watched(CheckpointNetworks):
         self.in_use: str | None = None
 
     @contextmanager
-    def use(self, name: str, working_bytes: int = 0):
+    def use(self, name: str, planned: Planned = WHOLE):
         assert self.in_use is None, f"{self.in_use} has not left for {name}"
         self.in_use = name
         self.uses.append(name)
         try:
-            with super().use(name, working_bytes) as network:
+            with super().use(name, planned) as network:
                 yield network
         finally:
             self.in_use = None
@@ -181,10 +182,10 @@ def test_a_second_model_that_does_not_fit_is_told(watched, job, monkeypatch):
     """As for the first: memory may be short when they change over."""
     use = Watched.use
 
-    def short(self, name, working_bytes=0):
+    def short(self, name, planned=WHOLE):
         if name == LOW_NOISE_DIT:
             raise torch.OutOfMemoryError("Tried to allocate 33 GB.")
-        return use(self, name, working_bytes)
+        return use(self, name, planned)
 
     monkeypatch.setattr(Watched, "use", short)
     with pytest.raises(OutOfMemory, match=r"for the S2V DiT \(Tried to allocate 33 GB"):

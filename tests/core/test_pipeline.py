@@ -27,9 +27,11 @@ from wan_s2v_core.io import clip_store
 from wan_s2v_core.io.audio import Recording, read_recording
 from wan_s2v_core.io.clip_store import ClipStore
 from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
+from wan_s2v_core.memory.attempts import REMEDIES
+from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from wan_s2v_core.pipeline import MEMORY_REMEDIES, S2VPipeline, told
+from wan_s2v_core.pipeline import S2VPipeline, told
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import clip_noise
 
@@ -88,8 +90,8 @@ def test_latents_keep_the_type_of_the_noise_between_steps(noise, dtype, networks
 
     class Spy(WithoutVAE):
         @contextlib.contextmanager
-        def network(self, kind, working_bytes=0):
-            with super().network(kind, working_bytes) as network:
+        def network(self, kind, planned=WHOLE):
+            with super().network(kind, planned) as network:
                 if kind != DIT:
                     yield network
                     return
@@ -235,9 +237,9 @@ class Stages(S2VPipeline):
             raise StopHereError
 
     @contextlib.contextmanager
-    def network(self, kind, working_bytes=0):
+    def network(self, kind, planned=WHOLE):
         self.stage = self.stage if kind == VAE else kind
-        with super().network(kind, working_bytes) as network:
+        with super().network(kind, planned) as network:
             yield network
 
     def encode(self, video):
@@ -287,19 +289,25 @@ class Exhausted:
     def __init__(self, networks: CheckpointNetworks, kind: str, place: str, words: str):
         self.networks, self.kind, self.place, self.words = networks, kind, place, words
         self.device, self.acceleration = networks.device, networks.acceleration
+        self.limits, self.room, self.sizes, self.recover = (
+            networks.limits,
+            networks.room,
+            networks.sizes,
+            networks.recover,
+        )
 
     def refuse(self, *_) -> None:
         raise (RuntimeError if "allocate memory" in self.words else torch.OutOfMemoryError)(self.words)
 
     @contextlib.contextmanager
-    def use(self, kind: str, working_bytes: int = 0):
+    def use(self, kind: str, planned: Planned = WHOLE):
         if kind != self.kind:
-            with self.networks.use(kind, working_bytes) as network:
+            with self.networks.use(kind, planned) as network:
                 yield network
         elif self.place == "loading":
             self.refuse()
         else:
-            with self.networks.use(kind, working_bytes) as network:
+            with self.networks.use(kind, planned) as network:
                 last = [layer for layers in network.modules() if isinstance(layers, nn.ModuleList) for layer in layers]
                 hook = last[-1].register_forward_pre_hook(self.refuse)
                 try:
@@ -325,7 +333,7 @@ def test_too_little_memory_is_named(kind, place, words, networks):
     message = str(caught.value)
     assert f"cpu has not enough memory for the {PART_LABELS[kind]}" in message
     assert words.partition("\n")[0] in message and "more about it" not in message
-    assert MEMORY_REMEDIES[kind] in message and message.endswith(".")
+    assert REMEDIES[kind] in message and message.endswith(".")
     assert isinstance(caught.value.__cause__, RuntimeError) and hooks_in(networks) == 0
 
 

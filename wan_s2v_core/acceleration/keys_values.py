@@ -55,6 +55,12 @@ def keep_keys_values(model: nn.Module) -> None:
             module.keys_values = KeptKeysValues(module)
 
 
+def compute_keys_values(model: nn.Module) -> None:
+    """Let every cross-attention compute its keys and values each time again: none stay in memory."""
+    for kept in kept_of(model):
+        del kept.attention().keys_values  # the class has the plain way
+
+
 def forget_keys_values(model: nn.Module) -> None:
     """Drop all that is kept, because weights have changed."""
     for kept in kept_of(model):

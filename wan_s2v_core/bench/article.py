@@ -112,14 +112,13 @@ def resident_networks(session: Session, case: Case) -> Iterator[CheckpointNetwor
     offload = session.request.offload
     networks = CheckpointNetworks({}, loading, offload)
     home = torch.device("cpu") if offload else session.device
-    networks.loaded[DIT] = session.dit(case).to(home)
+    networks.put(DIT, session.dit(case).to(home))
     try:
         for kind in (TEXT_ENCODER, SPEECH_ENCODER, VAE):
-            networks.loaded[kind] = session.network(kind, case.precision, home)
+            networks.put(kind, session.network(kind, case.precision, home))
         yield networks
     finally:
-        networks.loaded.clear()
-        networks.homes.clear()
+        networks.forget()
         if offload:
             session.drop()  # it has moved
 

@@ -16,7 +16,7 @@ from ..config import UNUSED, AccelerationPlan, JsonConfig, S2VModelConfig, check
 from ..model.audio_encoder import SpeechEncoder
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..model.dit import ClipInputs, S2VTransformer
-from ..model.loading import find_part, load
+from ..model.loading import find_part, load, set_types
 from ..model.text_encoder import END_OF_TEXT, TextEncoder
 from ..model.vae import VideoVAE
 from ..prepare import PRECISIONS, LoadPlan, accelerate, choose_attention, plan_loading
@@ -177,18 +177,8 @@ def with_blocks(config: S2VModelConfig, blocks: int) -> S2VModelConfig:
 
 def weight_bytes(kind: str, config: Any, loading: LoadPlan) -> int:
     """What the weights of a network take where it computes."""
-    network = meta_network(kind, config, loading)
-    keeps = getattr(network, "keeps_full_precision", lambda name: False)
-    size = loading.dtype(kind).itemsize
-
-    def stored_bytes(name: str, tensor: Tensor) -> int:
-        """Of one value: what is stored in 8 bits stays so, the rest is cast when it gets its values."""
-        if tensor.element_size() == 1:
-            return 1
-        return torch.float32.itemsize if keeps(name) else size
-
-    parameters = sum(tensor.numel() * stored_bytes(name, tensor) for name, tensor in network.named_parameters())
-    return parameters + sum(tensor.numel() * tensor.element_size() for tensor in network.buffers())
+    network = set_types(meta_network(kind, config, loading), loading.dtype(kind))
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 
 def make_inputs(config: S2VModelConfig, shape: ForwardShape, device: torch.device) -> tuple[ClipInputs, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..memory.budget import WHOLE, Planned
 from ..memory.networks import Networks
 from ..pipeline import S2VPipeline
 from .measure import PeakMemory, now
@@ -37,19 +38,21 @@ class MeasuredNetworks:
 
     def __init__(self, networks: Networks, name: str = ""):
         self.networks, self.device, self.acceleration = networks, networks.device, networks.acceleration
+        self.limits, self.room, self.sizes = networks.limits, networks.room, networks.sizes
+        self.recover = networks.recover
         self.name, self.stages = name, []
 
     @contextmanager
-    def use(self, kind: str, working_bytes: int = 0) -> Iterator[nn.Module]:
+    def use(self, kind: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
         began = now(self.device)
-        with self.networks.use(kind, working_bytes) as network:
+        with self.networks.use(kind, planned) as network:
             ready, most = now(self.device), PeakMemory(self.device)
             held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
             yield network
             done, peak = now(self.device), most.bytes()
         out_seconds = now(self.device) - done
         name = self.name or kind
-        self.stages.append(Stage(name, done - ready, ready - began, out_seconds, held, peak, working_bytes))
+        self.stages.append(Stage(name, done - ready, ready - began, out_seconds, held, peak, planned.working_bytes))
 
     @contextmanager
     def called(self, name: str) -> Iterator[None]:

@@ -58,6 +58,16 @@ class Weights:
     metadata: dict[str, str]
     layout: str
     files: tuple[Path, ...]
+    mapped: tuple["MappedFile", ...] = ()
+    """Those of the files that are mapped into memory."""
+
+    def let_go(self) -> None:
+        """Unmap the files as soon as no tensor read from them is left; the next one that is read maps its file again.
+
+        What was read of a mapped file counts as this process's memory until then.
+        """
+        for file in self.mapped:
+            file.let_go()
 
     @property
     def bytes(self) -> int:
@@ -66,6 +76,24 @@ class Weights:
     def dtypes(self) -> dict[str, int]:
         """How many tensors have which type."""
         return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()))
+
+
+class MappedFile:
+    """A safetensors file, mapped while tensors are read from it. They are views of the map, not copies."""
+
+    def __init__(self, path: Path):
+        self.path, self.handle = path, None
+
+    def open(self):
+        if self.handle is None:
+            self.handle = safe_open(self.path, framework="pt", device="cpu")
+        return self.handle
+
+    def read(self, name: str) -> Tensor:
+        return self.open().get_tensor(name)
+
+    def let_go(self) -> None:
+        self.handle = None
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -124,7 +152,8 @@ def open_shards(folder: Path, stem: str) -> Weights:
             "Index and shards are of different downloads: fetch all of them again."
         )
     layout = "safetensors" if len(names) == 1 else f"safetensors in {len(names)} shards"
-    return Weights(folder, entries, parts[0].metadata, layout, tuple(folder / name for name in names))
+    mapped = tuple(file for part in parts for file in part.mapped)
+    return Weights(folder, entries, parts[0].metadata, layout, tuple(folder / name for name in names), mapped)
 
 
 def _shards_without_index(folder: Path, stem: str) -> list[str]:
@@ -174,8 +203,9 @@ def parse_json(text: str, origin: str) -> dict:
 
 
 def _open_safetensors(path: Path) -> Weights:
+    file = MappedFile(path)
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
+        handle = file.open()
         metadata = handle.metadata() or {}
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
@@ -190,8 +220,8 @@ def _open_safetensors(path: Path) -> Weights:
                 f"{path}: {name} is stored as {part.get_dtype()}, which is not read here. "
                 f"Use a file in one of: {', '.join(SAFETENSORS_DTYPES)}."
             )
-        entries[name] = WeightEntry(tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name))
-    return Weights(path, entries, metadata, "safetensors", (path,))
+        entries[name] = WeightEntry(tuple(part.get_shape()), dtype, lambda name=name: file.read(name))
+    return Weights(path, entries, metadata, "safetensors", (path,), (file,))
 
 
 def _open_pickle(path: Path) -> Weights:

@@ -1,4 +1,12 @@
-"""How much room a stage needs on the card, besides the weights of its network."""
+"""How a stage fits into the room there is: the fastest plan whose predicted peak does, and the next tighter one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import MemoryLimits, OffloadPlan
+from ..errors import OutOfMemory
+from .placement import Placement
 
 FORWARD_BYTES_PER_TOKEN = 175_000
 """Of sampling with the 14B DiT: one forward, and what two guidance branches keep of a driving video and the past.
@@ -25,3 +33,206 @@ VOICE_BYTES_PER_SECOND = 34_000_000
 def voice_bytes(seconds: float) -> int:
     """Peak memory of hearing a recording besides the audio encoder's weights."""
     return round(VOICE_BYTES_PER_SECOND * seconds)
+
+
+TEXT_BYTES = 500_000_000
+"""Of umT5-xxl besides its weights: scores and position bias of 64 heads over 512 tokens, in float32."""
+CONTEXT_BYTES = 800_000_000
+"""What CUDA and its libraries take of a card before anything is allocated."""
+MARGIN_SHARE, MARGIN_BYTES = 0.04, 200_000_000
+"""What is left free of a stage's room: for what lies badly in memory, and for libraries that allocate by themselves."""
+TIGHTER = 0.85
+"""Of what a plan was predicted to take, so much is the room for the next one when it did not fit."""
+RAM_BYTES = 4_000_000_000
+"""Of main memory that is left to others when layers are locked there."""
+SLICES = (None, 32768, 16384, 8192, 4096)
+"""Tokens that the DiT may compute at once, the fastest first."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a stage may use."""
+
+    device_bytes: int | None = None
+    """On the device, weights included; None where that is main memory, of which there is enough."""
+    ram_bytes: int | None = None
+    """In main memory, for weights that wait there in a piece of their own; None where it is not known."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """On the device, without the margin."""
+        assert self.device_bytes is not None
+        return max(0, round(self.device_bytes * (1 - MARGIN_SHARE)) - MARGIN_BYTES)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the weights of a network take, in bytes."""
+
+    blocks: tuple[int, ...] = ()
+    injectors: tuple[int, ...] = ()
+    seldom: tuple[int, ...] = ()
+    tables: int = 0
+    """Stay in main memory where not all layers are on the device."""
+    others: int = 0
+
+    @property
+    def whole(self) -> int:
+        return sum(self.blocks) + sum(self.injectors) + sum(self.seldom) + self.tables + self.others
+
+    @classmethod
+    def of(cls, placement: Placement) -> "Sizes":
+        """Of a network with the types that its weights have or will have; it may be on the meta device."""
+        layers, lists = placement.layers, placement.lists
+        parts = [
+            tuple(layers[module].bytes for module in part) for part in (lists.blocks, lists.injectors, lists.seldom)
+        ]
+        tables = sum(place.tensor.nbytes for place, _ in placement.tables.places)
+        others = {id(place.tensor): place.tensor.nbytes for place, _ in placement.home.places}
+        return cls(*parts, tables, sum(others.values()))
+
+    def on_device(self, plan: OffloadPlan) -> int:
+        """What is there under a plan."""
+        if plan.resident_layers is None:
+            return self.whole
+        kept = min(plan.resident_layers, len(self.blocks))
+        moving = len(self.blocks) - kept
+        blocks = sum(sorted(self.blocks, reverse=True)[:kept]) + min(plan.slots, moving) * max(self.blocks, default=0)
+        injectors = sum(self.injectors) if plan.keeps_injectors else max(self.injectors, default=0)
+        seldom = sum(self.seldom) if plan.keeps_seldom else max(self.seldom, default=0)
+        return blocks + injectors + seldom + self.others
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what a stage under it is predicted to take on the device."""
+
+    plan: OffloadPlan = OffloadPlan()  # noqa: RUF009  (frozen)
+    weight_bytes: int = 0
+    working_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.working_bytes
+
+    def line(self, sizes: Sizes) -> str:
+        """The plan as a person reads it."""
+        plan, told = self.plan, [f"{self.bytes / 1e9:.1f} GB"]
+        if plan.resident_layers is not None:
+            told.append(f"{min(plan.resident_layers, len(sizes.blocks))} of {len(sizes.blocks)} layers stay")
+        if plan.slice_tokens is not None:
+            told.append(f"{plan.slice_tokens} tokens at once")
+        if plan.tile_px is not None:
+            told.append(f"tiles of {plan.tile_px} px")
+        return ", ".join(told)
+
+
+WHOLE = Planned()
+"""The whole network, and no opinion about how much it takes."""
+Working = Callable[[OffloadPlan], int]
+"""What a stage takes besides weights under a plan, in bytes."""
+Candidates = Callable[[Sizes], Iterator[OffloadPlan]]
+"""Plans from the fastest to the tightest, with no layers that stay or those that are asked for."""
+Choose = Callable[[Room, Sizes], Planned]
+"""The fastest plan of a stage that fits; raises OutOfMemory if none does."""
+
+
+def plan_stage(
+    candidates: Callable[[Sizes], Iterator[OffloadPlan]], working: Working, room: Room, sizes: Sizes
+) -> Planned:
+    """The first of the candidates that fits, with as many layers on the device as there is room for.
+
+    Raises:
+        OutOfMemory: if none does, with the bytes that the tightest needs.
+    """
+    least = None
+    for plan in candidates(sizes):
+        plan = replace(plan, locks=fits_ram(sizes, room))
+        planned = Planned(plan, sizes.on_device(plan), working(plan))
+        if room.device_bytes is None:
+            return planned
+        if planned.bytes <= room.usable_bytes:
+            return with_residents(planned, room, sizes)
+        least = planned if least is None or planned.bytes < least.bytes else least
+    raise OutOfMemory(
+        f"this stage needs {(least.bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
+        f"{room.device_bytes / 1e9:.1f} GB are free."
+    )
+
+
+def with_residents(planned: Planned, room: Room, sizes: Sizes) -> Planned:
+    """As many layers as fit stay on the device."""
+    plan = planned.plan
+    if plan.resident_layers is None:
+        return planned
+    for count in range(len(sizes.blocks), plan.resident_layers, -1):
+        more = replace(plan, resident_layers=count)
+        if (weights := sizes.on_device(more)) + planned.working_bytes <= room.usable_bytes:
+            return Planned(more, weights, planned.working_bytes)
+    return planned
+
+
+def fits_ram(sizes: Sizes, room: Room) -> bool:
+    """Whether the layers of a network have room in main memory in pieces of their own."""
+    layers = sum(sizes.blocks) + sum(sizes.injectors) + sum(sizes.seldom)
+    return room.ram_bytes is None or layers + RAM_BYTES <= room.ram_bytes
+
+
+def dit_candidates(limits: MemoryLimits) -> Candidates:
+    """Ways to sample. Weights that come and go cost next to nothing where a block computes longer than the next one
+    travels, as it does from 480p on; slices cost a few percent; the rest more."""
+
+    def candidates(sizes: Sizes) -> Iterator[OffloadPlan]:
+        slices = SLICES if limits.slice_tokens is None else (limits.slice_tokens or None,)
+        if limits.resident_blocks is None:
+            yield OffloadPlan(slice_tokens=slices[0])
+        least = OffloadPlan(resident_layers=limits.resident_blocks or 0)
+        for keeps_injectors in (True, False):
+            yield replace(least, keeps_injectors=keeps_injectors, slice_tokens=slices[0])
+        least = replace(least, keeps_injectors=False)
+        for slice_tokens in slices[1:]:
+            yield replace(least, slice_tokens=slice_tokens)
+        least = replace(least, slice_tokens=slices[-1], keeps_keys_values=False)
+        yield least
+        yield replace(least, keeps_seldom=False)
+        yield replace(least, keeps_seldom=False, slots=1)
+
+    return candidates
+
+
+def layer_candidates(sizes: Sizes) -> Iterator[OffloadPlan]:
+    """Ways to use a network whose activations are small: whole, or layer by layer."""
+    yield OffloadPlan()
+    if sizes.blocks:
+        yield OffloadPlan(resident_layers=0)
+        yield OffloadPlan(resident_layers=0, slots=1)
+
+
+def whole(working_bytes: int) -> Choose:
+    """For a stage that has one way, or several whose layers come and go."""
+    return lambda room, sizes: plan_stage(layer_candidates, lambda plan: working_bytes, room, sizes)
+
+
+def tighter(room: Room, planned: Planned) -> Room:
+    """The room for the next plan, where this one did not fit after all."""
+    taken = planned.bytes if room.device_bytes is None else min(room.device_bytes, planned.bytes)
+    return replace(room, device_bytes=round(TIGHTER * taken))
+
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may use."""
+
+
+def free_ram_bytes() -> int:
+    """Main memory that can be taken without anything being swapped out."""
+    import psutil  # comes with accelerate
+
+    free = psutil.virtual_memory().available
+    try:
+        most, now = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if not most.isdigit():
+        return free
+    return min(free, int(most) - int(now) + int(held.get("inactive_file", 0)))

@@ -1,19 +1,150 @@
-"""Where the weights of a network lie in main memory while it is on a card."""
+"""Where the weights of a network lie in main memory while some or all of it is on a card."""
 
-from torch import nn
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 256
+"""Bytes by which tensors are aligned in a layer's memory: what the kernels that read them ask for at most."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module holds one of its tensors."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+    def put(self, data: Tensor) -> None:
+        """Let the module use these values, in the tensor object that it has had from the beginning."""
+        self.tensor.data = data
+        self.holder[self.name] = self.tensor
+
+
+def places_in(module: nn.Module) -> Iterator[Place]:
+    """All parameters and buffers of a module; one that is held twice comes twice."""
+    for part in module.modules():
+        for holder in (part._parameters, part._buffers):
+            yield from (Place(holder, name, tensor) for name, tensor in holder.items() if tensor is not None)
 
 
 class Home:
-    """The tensors of a network as they lie in main memory, to return to without copying them back from a card."""
+    """The tensors of a network as they lie in main memory, to return to without copying them back from a card.
 
-    def __init__(self, network: nn.Module):
-        owners = [held for module in network.modules() for held in (module._parameters, module._buffers)]
-        self.places = [
-            (held, name, tensor, tensor.data) for held in owners for name, tensor in held.items() if tensor is not None
-        ]
+    Args:
+        apart: modules within the network that move by themselves.
+    """
+
+    def __init__(self, network: nn.Module, apart: Iterable[nn.Module] = ()):
+        others = {id(place.tensor) for module in apart for place in places_in(module)}
+        self.places = [(place, place.tensor.data) for place in places_in(network) if id(place.tensor) not in others]
+
+    def send(self, device: torch.device) -> None:
+        """Copy them to a device, where the network then uses them."""
+        copies: dict[int, Tensor] = {}
+        for place, data in self.places:
+            if id(place.tensor) not in copies:
+                copies[id(place.tensor)] = data.to(device)
+            place.put(copies[id(place.tensor)])
 
     def take_back(self) -> None:
         """Let the network use them again; its copies elsewhere are freed."""
-        for held, name, tensor, data in self.places:
-            tensor.data = data
-            held[name] = tensor
+        for place, data in self.places:
+            place.put(data)
+
+
+class PackedLayer:
+    """The tensors of one layer in one piece of main memory, so that they cross to a card as one copy.
+
+    Until `pack` is called they lie where loading left them, such as in a mapped file.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.memory: Tensor | None = None
+        """Bytes in main memory that hold all tensors; None while they lie apart."""
+        self.unlock: weakref.finalize | None = None
+        """Lets the memory go that `lock` keeps in its place."""
+        self._measure()
+
+    def _measure(self) -> None:
+        self.places, self.offsets, end = list(places_in(self.module)), {}, 0
+        for place in self.places:
+            if id(place.tensor) not in self.offsets:
+                self.offsets[id(place.tensor)] = end
+                end += -(-place.tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.bytes = end
+        self.sources = [place.tensor.data for place in self.places]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all that the layer holds now lies in its memory."""
+        held = [id(place.tensor) for place in places_in(self.module)]
+        if self.memory is None or held != [id(place.tensor) for place in self.places]:
+            return False
+        first, end = self.memory.data_ptr(), self.memory.data_ptr() + self.bytes
+        return all(first <= place.tensor.data_ptr() < end for place in self.places)
+
+    def settle(self) -> None:
+        """Take down what the layer holds now, which may be other tensors than before."""
+        if self.memory is None:
+            self._measure()
+        else:
+            self.pack()
+
+    @torch.inference_mode(False)  # what is kept must serve outside of it as well
+    def pack(self) -> None:
+        """Move the tensors into one piece of memory, unless they are; where they lay before becomes free."""
+        if self.is_packed:
+            return
+        self._measure()
+        memory = torch.empty(self.bytes, dtype=torch.uint8)
+        views = self.views(memory)
+        for view, place in zip(views, self.places, strict=True):
+            view.copy_(place.tensor)
+        if self.unlock is not None:
+            self.unlock()
+        self.memory, self.sources = memory, views
+        self.bind(None)
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors as they lie in a piece of memory of `bytes`, one for each place."""
+        return [
+            memory[start : start + place.tensor.nbytes].view(place.tensor.dtype).view(place.tensor.shape)
+            for place, start in zip(self.places, (self.offsets[id(p.tensor)] for p in self.places), strict=True)
+        ]
+
+    def bind(self, memory: Tensor | None) -> None:
+        """Let the layer use what lies in `memory`; None: what lies at home."""
+        for place, data in zip(self.places, self.sources if memory is None else self.views(memory), strict=True):
+            place.put(data)
+
+    def gather(self, memory: Tensor) -> None:
+        """Copy all tensors into a piece of main memory."""
+        if self.memory is not None:
+            memory[: self.bytes].copy_(self.memory)
+            return
+        for view, source in zip(self.views(memory), self.sources, strict=True):
+            view.copy_(source)
+
+    def lock(self) -> bool:
+        """Keep the packed memory where it is, so that a card copies from it by itself; whether that could be done.
+
+        torch's own pinned memory comes in powers of two, of which a quarter would be wasted here.
+        """
+        if self.unlock is not None and self.unlock.alive:
+            return True
+        assert self.memory is not None, "pack it first"
+        runtime, address = torch.cuda.cudart(), self.memory.data_ptr()
+        if int(runtime.cudaHostRegister(address, self.memory.nbytes, 0)):
+            return False
+        self.unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)  # before the memory is freed
+        return True

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..config import AccelerationPlan
+from ..config import AccelerationPlan, MemoryLimits
+from ..io.weights import Weights
 from ..model.checkpoint import TEXT_ENCODER, kind_of
-from ..model.loading import load
-from .home import Home
+from ..model.loading import OnTensor, find_part, load, set_types
+from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes, free_ram_bytes
+from .placement import Placement
 
 
 class Networks(Protocol):
@@ -22,10 +24,20 @@ class Networks(Protocol):
     """Where stages compute, and where their tensors are."""
     acceleration: AccelerationPlan | None
     """How the DiT is made faster for sampling; None uses it as it is."""
+    limits: MemoryLimits
+    """What stages may use."""
 
-    def use(self, name: str, working_bytes: int = 0) -> AbstractContextManager[nn.Module]:
-        """A network on its device, for one stage that needs `working_bytes` besides the weights. `name`: its kind, or
-        LOW_NOISE_DIT."""
+    def use(self, name: str, planned: Planned = WHOLE) -> AbstractContextManager[nn.Module]:
+        """A network on its device for one stage, as planned. `name`: its kind, or LOW_NOISE_DIT."""
+
+    def room(self, name: str) -> Room:
+        """What a stage with that network may use now, its weights included."""
+
+    def recover(self) -> None:
+        """Give back all memory that no stage needs now, because one ran out of it."""
+
+    def sizes(self, name: str) -> Sizes:
+        """Of a network, whether it is loaded or not."""
 
 
 class Loading(Protocol):
@@ -41,6 +53,33 @@ class Loading(Protocol):
     def finish(self, kind: str, network: nn.Module, path: str | Path) -> None: ...
 
 
+def sizes_of(path: str | Path, kind: str, loading: Loading) -> Sizes:
+    """Sizes of a network that may not be loaded yet."""
+    network = find_part(path, kind).build()
+    loading.prepare(kind)(network)
+    return Sizes.of(Placement(set_types(network, loading.dtype(kind))))
+
+
+def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool) -> Placement:
+    """A network in main memory, ready to be placed.
+
+    Args:
+        packs: put each layer into a piece of memory of its own as soon as it is read, so that a mapped file and these
+            pieces are never in memory together.
+    """
+    placements: list[Placement] = []
+
+    def watch(network: nn.Module, weights: Weights) -> OnTensor:
+        placements.append(Placement(network))
+        return placements[0].packer(weights.let_go)
+
+    network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch if packs else None)
+    loading.finish(kind, network, path)
+    placement = placements[0] if packs else Placement(network)
+    placement.settle()
+    return placement
+
+
 class CheckpointNetworks:
     """Networks from files, each loaded when it is first needed.
 
@@ -49,32 +88,115 @@ class CheckpointNetworks:
         loading: types, device and preparation.
         offload: bring each network to the device for its stage only; it waits in main memory otherwise.
         text_device: elsewhere for the text encoder, such as "cpu".
+        limits: of memory.
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], loading: Loading, offload: bool = True, text_device: str | None = None
+        self,
+        paths: Mapping[str, Path],
+        loading: Loading,
+        offload: bool = True,
+        text_device: str | None = None,
+        limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
     ):
-        self.paths, self.loading, self.offload = paths, loading, offload
+        self.paths, self.loading, self.offload, self.limits = paths, loading, offload, limits
         self.device, self.acceleration = loading.device, loading.acceleration
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
-        self.loaded: dict[str, nn.Module] = {}
-        self.homes: dict[str, Home] = {}
+        self.placements: dict[str, Placement] = {}
+        self.staying: dict[str, nn.Module] = {}
+        """Networks that do not leave the device behind their stage."""
+        self._sizes: dict[str, Sizes] = {}
+
+    def put(self, name: str, network: nn.Module) -> None:
+        """Use this network instead of the one in the file. It lies where it is to be between stages."""
+        if self.offload:
+            self.placements[name] = Placement(network)
+        else:
+            self.staying[name] = network
+
+    def forget(self) -> None:
+        """Let all networks go; those that are needed again are loaded again."""
+        self.placements.clear()
+        self.staying.clear()
+
+    @property
+    def loaded(self) -> dict[str, nn.Module]:
+        """Those that are in memory."""
+        return self.staying | {name: placement.network for name, placement in self.placements.items()}
+
+    def device_of(self, name: str) -> torch.device:
+        return self.devices.get(name, self.device)
+
+    def sizes(self, name: str) -> Sizes:
+        if name not in self._sizes:
+            network = self.loaded.get(name)
+            known = sizes_of(self.paths[name], kind_of(name), self.loading) if network is None else None
+            self._sizes[name] = known or Sizes.of(Placement(network))
+        return self._sizes[name]
+
+    def room(self, name: str) -> Room:
+        staying = sum(self.sizes(other).whole for other in self.staying)
+        return room_on(self.device_of(name), self.limits, staying)
 
     @contextmanager
-    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        device, kind = self.devices.get(name, self.device), kind_of(name)
-        home = torch.device("cpu") if self.offload else device
-        if name not in self.loaded:
-            loading = self.loading
-            network = load(self.paths[name], kind, loading.dtype(kind), home, loading.prepare(kind))
-            loading.finish(kind, network, self.paths[name])
-            self.loaded[name] = network
-        if self.offload and name not in self.homes:
-            self.homes[name] = Home(self.loaded[name])
+    def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
+        device, plan = self.device_of(name), planned.plan
+        free = room_on(device, self.limits).device_bytes
+        if plan.swaps or (free is not None and planned.bytes > free):
+            self._send_others_away(name)
+        if not self.offload and not plan.swaps:
+            yield self._on_device(name, device)
+            return
         try:
-            yield self.loaded[name].to(device)
+            with self._placement(name, plan.locks and device.type != "cpu").on(device, plan) as network:
+                yield network
         finally:
-            if self.offload and device.type != "cpu":
-                self.homes[name].take_back()
-                gc.collect()
-                torch.cuda.empty_cache()
+            free_unused(device)
+
+    def recover(self) -> None:
+        self.staying.clear()
+        free_unused(self.device)
+
+    def _send_others_away(self, name: str) -> None:
+        """They were to stay, but their room is needed."""
+        for other in [other for other in self.staying if other != name]:
+            del self.staying[other]
+        free_unused(self.device)
+
+    def _on_device(self, name: str, device: torch.device) -> nn.Module:
+        """A network that stays there."""
+        if name not in self.staying:
+            self.placements.pop(name, None)
+            kind, loading = kind_of(name), self.loading
+            network = load(self.paths[name], kind, loading.dtype(kind), device, loading.prepare(kind))
+            loading.finish(kind, network, self.paths[name])
+            self.staying[name] = network
+        return self.staying[name]
+
+    def _placement(self, name: str, packs: bool) -> Placement:
+        if name not in self.placements:
+            self.placements[name] = load_placed(self.paths[name], kind_of(name), self.loading, packs)
+        return self.placements[name]
+
+
+def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0) -> Room:
+    """What may be used of a device now.
+
+    Args:
+        returnable_bytes: what lies there and would leave for others.
+    """
+    limit = None if limits.vram_limit_gb is None else round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES
+    if device.type != "cuda":
+        return Room(limit, free_ram_bytes())
+    allocated = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    if limit is not None:
+        free = min(free, limit - allocated)
+    return Room(free + returnable_bytes, free_ram_bytes())
+
+
+def free_unused(device: torch.device) -> None:
+    """Give memory back that nothing holds any more."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

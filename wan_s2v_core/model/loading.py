@@ -215,7 +215,17 @@ def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
     return infer_speech_settings(found.shape)
 
 
-def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+OnTensor = Callable[[str], None]
+"""Called with the name of each parameter that has got its value."""
+
+
+def fill(
+    network: nn.Module,
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    on_tensor: OnTensor | None = None,
+) -> None:
     """Give a network on the meta device its weights, one tensor at a time.
 
     Raises:
@@ -233,19 +243,36 @@ def fill(network: nn.Module, part: Part, dtype: torch.dtype, device: torch.devic
         log.warning(
             "%s: %d tensors are not used, such as %s", part.weights.path, len(report.unexpected), report.unexpected[0]
         )
-    keeps = getattr(network, "keeps_full_precision", lambda name: False)
     for name in list(network.state_dict()):
         if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
             continue
-        theirs, target = part.found.naming(inner), torch.float32 if keeps(name) else dtype
+        theirs, target = part.found.naming(inner), type_of(network, name, dtype)
         try:
             if not place_stored(network, name, part.found, theirs, device):
                 place(network, name, read_weight(part.found.entries, theirs).to(device), target)
         except CheckpointError as error:
             raise CheckpointError(f"{part.weights.path}: {theirs}: {error}") from error
+        if on_tensor:
+            on_tensor(name)
     network.requires_grad_(False).eval()
     assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
     log.info("%s: %d tensors as %s on %s", part.weights.path, report.matched, dtype, device)
+
+
+def set_types(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a network on the meta device the types that loading would give it, so that its sizes can be told."""
+    for name, value in list(network.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        module = network.get_submodule(owner)
+        if not hasattr(module, f"take_{leaf}"):
+            place(network, name, value, type_of(network, name, dtype))
+    return network
+
+
+def type_of(network: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that a network keeps a parameter in, where products are computed in `dtype`."""
+    keeps = getattr(network, "keeps_full_precision", lambda name: False)
+    return torch.float32 if keeps(name) else dtype
 
 
 def place(network: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
@@ -284,18 +311,20 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     prepare: Callable[[nn.Module], None] | None = None,
+    watch: Callable[[nn.Module, Weights], OnTensor] | None = None,
 ) -> nn.Module:
     """Find, build and fill one network. The typed functions below are for callers.
 
     Args:
         prepare: changes the network before it has weights, such as which modules store them and how.
+        watch: given the network before it has weights, and where they come from -> what is called as they come.
     """
     part = find_part(path, kind)
     tokenizer = find_tokenizer(part) if kind == TEXT_ENCODER else None  # missing files are told before long loading
     network = part.build()
     if prepare:
         prepare(network)
-    fill(network, part, dtype, device)
+    fill(network, part, dtype, device, watch and watch(network, part.weights))
     if tokenizer:
         network.tokenizer = tokenizer
     return network

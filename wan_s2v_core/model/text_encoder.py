@@ -83,9 +83,25 @@ class TextEncoder(nn.Module):
         self.network = UMT5EncoderModel(UMT5Config(**fixed | sizes, dropout_rate=0.0)).eval()
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
+    @property
+    def table(self) -> nn.Embedding:
+        """Token -> embedding, a fifth of the weights. It may lie elsewhere than the layers compute."""
+        return self.network.shared
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """In the order in which they compute."""
+        return self.network.encoder.block
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute."""
+        return self.network.encoder.final_layer_norm.weight.device
+
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """B L integers, B L (1 = token, 0 = padding) -> B L E."""
-        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+        embedded = self.table(ids.to(self.table.weight.device)).to(self.device)
+        return self.network(inputs_embeds=embedded, attention_mask=mask.to(self.device)).last_hidden_state
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of one prompt, cut to `max_tokens`."""
@@ -99,5 +115,5 @@ class TextEncoder(nn.Module):
 
     def encode(self, prompt: str) -> Tensor:
         """A prompt -> 1 L E, one row per token and no padding."""
-        ids = torch.tensor([self.tokenize(prompt)], device=self.network.device)
+        ids = torch.tensor([self.tokenize(prompt)])
         return self.encode_ids(ids, torch.ones_like(ids))

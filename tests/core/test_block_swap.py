@@ -1,0 +1,143 @@
+"""Weights that wait in main memory: results are the same bit for bit, and no layer is where it should not be."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+from wan_s2v_core.acceleration.quantization import swap_linears
+from wan_s2v_core.config import OffloadPlan
+from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
+from wan_s2v_core.memory.home import PackedLayer
+from wan_s2v_core.memory.placement import Placement
+from wan_s2v_core.model.text_encoder import TextEncoder
+
+DEEPER = replace(TINY, blocks=7, injected_blocks=(0, 2, 5))
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 5, "num_heads": 4}
+
+
+def plans(layers: int):
+    for resident in (0, 1, layers // 2, layers - 1, layers):
+        for slots in (1, 2):
+            for stays in (True, False):
+                for locks in (True, False):
+                    yield OffloadPlan(resident, slots, keeps_injectors=stays, keeps_seldom=stays, locks=locks)
+
+
+@pytest.mark.parametrize("kind", ["plain", "float8-weights"])
+def test_a_dit_computes_the_same_under_every_plan(kind, make_model, make_inputs):
+    model = make_model(DEEPER)
+    if kind != "plain":
+        swap_linears(model, kind)
+    inputs, latents = make_inputs(DEEPER)
+    with torch.inference_mode():
+        expected = model(latents, 500.0, model.condition(inputs))
+        places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+        placement = Placement(model)
+        for plan in plans(model.config.blocks):
+            with placement.on(CPU, plan) as network:
+                for _ in range(3):
+                    assert torch.equal(network(latents, 500.0, network.condition(inputs)), expected), plan
+            assert torch.equal(model(latents, 500.0, model.condition(inputs)), expected), "at home"
+    moved = {name for name, value in model.state_dict().items() if value.data_ptr() != places[name]}
+    assert moved and all(name.startswith(("stack.", "text_e", "time_", "audio_encoder")) for name in moved)
+
+
+@pytest.fixture
+def chance(fresh_seed):
+    return np.random.default_rng(fresh_seed)
+
+
+def test_umt5_computes_the_same_under_every_plan(chance):
+    encoder = TextEncoder(SIZES).requires_grad_(False)
+    ids = torch.from_numpy(chance.integers(0, 40, (1, 9)))
+    with torch.inference_mode():
+        expected = encoder.encode_ids(ids, torch.ones_like(ids))
+        placement = Placement(encoder)
+        for plan in plans(SIZES["num_layers"]):
+            with placement.on(CPU, plan) as network:
+                assert torch.equal(network.encode_ids(ids, torch.ones_like(ids)), expected), plan
+    assert encoder.network.encoder.embed_tokens.weight is encoder.table.weight
+
+
+class Layers(nn.Module):
+    """Numbers that pass through layers in any order."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(count)).requires_grad_(False)
+
+    def forward(self, x, order):
+        for index in order:
+            x = self.layers[index](x)
+        return x
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_layers_may_come_in_any_order_and_fail(slots, locks, chance):
+    network = Layers(6)
+    packed = [PackedLayer(layer) for layer in network.layers]
+    if locks:
+        [layer.pack() for layer in packed]
+    x = torch.from_numpy(chance.normal(size=(2, 3))).float()
+    orders = [chance.integers(0, 6, 20).tolist() for _ in range(3)] + [[*range(6)] * 2]
+    with torch.inference_mode():
+        expected = [network(x, order) for order in orders]
+        with BlockSwap([Lane(packed, slots)], CPU) as swap:
+            for order, wanted in zip(orders, expected, strict=True):
+                assert torch.equal(network(x, order), wanted)
+                with pytest.raises(RuntimeError):
+                    network(x[:, :2], order)
+                assert sum(layer.module.weight.data_ptr() != layer.sources[0].data_ptr() for layer in packed) == 0
+            assert swap.bytes == slots * packed[0].bytes
+        assert torch.equal(network(x, orders[0]), expected[0])
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in network.layers)
+
+
+def test_few_layers_are_fetched_ahead_and_each_once(monkeypatch):
+    """In order, every layer crosses once a pass, and is sent for before the one before it has ended."""
+    network, sent, computed = Layers(5), [], []
+    packed = [PackedLayer(layer) for layer in network.layers]
+    plain = Transfer.send
+    monkeypatch.setattr(Transfer, "send", lambda *given: (sent.append(packed.index(given[1])), plain(*given))[1])
+    with torch.inference_mode(), BlockSwap([Lane(packed, 2)], CPU):
+        for number, layer in enumerate(network.layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: computed.append((number, list(sent))))
+        for _ in range(3):
+            network(torch.ones(1, 3), range(5))
+    assert sent == [*range(5), *range(5), *range(5), 0, 1]
+    assert all(number in before and (number + 1) % 5 in before[-2:] for number, before in computed)
+
+
+def test_a_changed_layer_is_packed_again():
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    packed = PackedLayer(layer)
+    packed.pack()
+    assert packed.is_packed
+    layer.weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    assert not packed.is_packed
+    packed.pack()
+    assert packed.is_packed and torch.equal(layer.weight, torch.ones(3, 3))
+
+
+def test_compiled_layers_are_swapped(make_model, make_inputs):
+    model = make_model(DEEPER)
+    inputs, latents = make_inputs(DEEPER)
+    with torch.inference_mode():
+        condition = model.condition(inputs)
+        expected = model(latents, 500.0, condition)
+        for block in model.stack.blocks:
+            block.compile(backend="eager")
+        with Placement(model).on(CPU, OffloadPlan(1)):
+            for _ in range(2):
+                assert torch.equal(model(latents, 500.0, condition), expected)
+
+
+def test_residents_are_spread():
+    assert spread(10, 5) == [1, 3, 5, 7, 9]
+    assert all(len(set(spread(40, count))) == count for count in range(41))

@@ -1,0 +1,151 @@
+"""A network on a device for the time of a stage: whole, or with most of its layers in main memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ..config import OffloadPlan
+from ..model.dit import S2VTransformer
+from ..model.text_encoder import TextEncoder
+from .block_swap import BlockSwap, Lane, new_memory, spread
+from .home import Home, PackedLayer
+
+
+@dataclass(frozen=True)
+class LayerLists:
+    """What of a network can be away while other parts compute."""
+
+    blocks: Sequence[nn.Module] = ()
+    """Of one size, in the order in which they compute."""
+    injectors: Sequence[nn.Module] = ()
+    """Of one size, in order, three or four blocks apart: time enough to fetch the next into the place of the last."""
+    seldom: Sequence[nn.Module] = ()
+    """Used once for a clip or a step."""
+    tables: Sequence[nn.Module] = ()
+    """Looked up in main memory, so that they need not leave it."""
+
+    @property
+    def all(self) -> list[nn.Module]:
+        return [*self.blocks, *self.injectors, *self.seldom]
+
+
+def layer_lists(network: nn.Module) -> LayerLists:
+    """The lists for our networks; empty for those that are small."""
+    if isinstance(network, S2VTransformer):
+        seldom = (network.text_embedding, network.time_embedding, network.time_projection, network.audio_encoder)
+        used = [network.stack.injectors[index] for _, index in sorted(network.stack.injector_after.items())]
+        return LayerLists(tuple(network.stack.blocks), tuple(used), seldom)
+    if isinstance(network, TextEncoder):
+        return LayerLists(tuple(network.layers), tables=(network.table,))
+    return LayerLists()
+
+
+class Placement:
+    """Where a network is. Its home is main memory, on a device it is for a stage.
+
+    Args:
+        network: in main memory, with weights by the time it is placed.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network, self.lists = network, layer_lists(network)
+        self.layers = {module: PackedLayer(module) for module in self.lists.all}
+
+    @cached_property
+    def home(self) -> Home:
+        """All that is in no layer."""
+        return Home(self.network, apart=[*self.layers, *self.lists.tables])
+
+    @cached_property
+    def tables(self) -> Home:
+        return Home(nn.ModuleList(self.lists.tables))
+
+    def packer(self, let_go: Callable[[], None]) -> Callable[[str], None]:
+        """What packs each layer as soon as the last of its parameters has come; called with their names.
+
+        Args:
+            let_go: called then, since nothing of the layer is left where it came from.
+        """
+        names = {id(module): name for name, module in self.network.named_modules()}
+        missing = {
+            layer: {f"{names[id(module)]}.{name}" for name in module.state_dict()}
+            for module, layer in self.layers.items()
+        }
+
+        def arrived(name: str) -> None:
+            for layer, names in missing.items():
+                if name in names:
+                    names.discard(name)
+                    if not names:
+                        layer.pack()
+                        let_go()
+
+        return arrived
+
+    def settle(self) -> None:
+        """The network is what it will be: take down where its tensors are."""
+        for layer in self.layers.values():
+            layer.settle()
+
+    def pack(self) -> None:
+        """Put each layer into one piece of memory, from which it crosses to a card fastest."""
+        for layer in self.layers.values():
+            layer.pack()
+
+    @contextmanager
+    def on(self, device: torch.device, plan: OffloadPlan) -> Iterator[nn.Module]:
+        """The network, computing on a device; at home again behind it."""
+        if device.type == "cpu" and not plan.swaps:
+            yield self.network
+            return
+        streamed, resident = self.lanes(plan)
+        if plan.locks:
+            self.pack()
+        try:
+            self.home.send(device)
+            if not plan.swaps:
+                self.tables.send(device)
+            for layer in resident:
+                layer.bind(copied(layer, device))
+            with BlockSwap(streamed, device):
+                yield self.network
+        finally:
+            for layer in resident:
+                layer.bind(None)
+            self.home.take_back()
+            self.tables.take_back()
+
+    def lanes(self, plan: OffloadPlan) -> tuple[list[Lane], list[PackedLayer]]:
+        """What moves while the network computes, and what stays on the device."""
+        if plan.resident_layers is None:
+            return [], list(self.layers.values())
+        blocks, injectors, seldom = (
+            [self.layers[module] for module in modules]
+            for modules in (self.lists.blocks, self.lists.injectors, self.lists.seldom)
+        )
+        stays = set(spread(len(blocks), min(plan.resident_layers, len(blocks))))
+        lanes = [Lane([block for i, block in enumerate(blocks) if i not in stays], plan.slots)]
+        resident = [blocks[i] for i in sorted(stays)]
+        for keeps, layers, looks_ahead in (
+            (plan.keeps_injectors, injectors, plan.slots > 1),
+            (plan.keeps_seldom, seldom, False),
+        ):
+            if keeps:
+                resident += layers
+            else:
+                lanes.append(Lane(layers, 1, looks_ahead))
+        return [lane for lane in lanes if lane.layers], resident
+
+
+def copied(layer: PackedLayer, device: torch.device) -> torch.Tensor:
+    """The memory of a layer on a device."""
+    memory = new_memory(layer.bytes, device)
+    if layer.memory is not None:
+        return memory.copy_(layer.memory)
+    for view, source in zip(layer.views(memory), layer.sources, strict=True):
+        view.copy_(source)
+    return memory
