@@ -51,7 +51,7 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
 
     manager, patcher_of = bridge.manager, bridge.comfy.model_patcher.ModelPatcher
     card, cpu = manager.get_torch_device(), torch.device("cpu")
-    models = [bridge.Model(bridge.find_model(kind, bridge.EMBEDDED)) for kind in (DIT, VAE)]
+    models = [bridge.Model(bridge.find_model(kind, bridge.DEMO)) for kind in (DIT, VAE)]
     facts: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def allocated() -> int:
@@ -75,10 +75,10 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
     with staying.use(DIT):
         pass
     free = manager.get_free_memory(card)
-    foreign = patcher_of(bridge.Placed(Foreign(1.0)), card, cpu)
+    foreign = patcher_of(bridge.Placed(bridge.Placement(Foreign(1.0))), card, cpu)
     manager.load_models_gpu([foreign], memory_required=free - GIGABYTE // 2)
     assert not on_card(dit), "ours leaves when another model needs the room"
-    with staying.use(DIT, working_bytes=manager.get_free_memory(card) + GIGABYTE // 2):
+    with staying.use(DIT, bridge.Planned(working_bytes=manager.get_free_memory(card) + GIGABYTE // 2)):
         assert on_card(dit) and not on_card(foreign.model), "another one leaves when ours needs the room"
     facts["foreign_left_for_ours"] = True
 
@@ -86,6 +86,7 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
         with staying.use(DIT):
             torch.empty(1 << 46, dtype=torch.uint8, device=card)
     except torch.OutOfMemoryError:
+        staying.recover()
         assert not on_card(dit), "after running out of memory everything has left the card"
     facts["empty_after_out_of_memory"] = True
 

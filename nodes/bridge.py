@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.config import DEMO, AccelerationPlan, ModelRecipe
+from ..wan_s2v_core.config import DEMO, AccelerationPlan, MemoryLimits, ModelRecipe
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
-from ..wan_s2v_core.memory.home import Home
+from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
+from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
+from ..wan_s2v_core.memory.placement import Placement
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..wan_s2v_core.model.loading import files_of, load
+from ..wan_s2v_core.model.loading import files_of
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
@@ -131,19 +133,20 @@ def files_stamp(*files: Path) -> str:
 class Placed(nn.Module):
     """A network as ComfyUI's ModelPatcher manages it: with the attributes it sets, and a quick way back."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, placement: Placement):
         super().__init__()
-        self.network, self.device, self.home = network, torch.device("cpu"), Home(network)
+        self.network, self.device, self.placement = placement.network, torch.device("cpu"), placement
 
     def to(self, device: torch.device, *args: Any, **options: Any) -> "Placed":
         if torch.device(device).type == "cpu":
-            self.home.take_back()
+            self.placement.take_back()
             return self
         return super().to(device, *args, **options)
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """Our layers do not move weights themselves, as ComfyUI's do: a network is on the card as a whole or not at all."""
+    """ComfyUI moves our networks as a whole. Where only layers of one are to be on the card, they move themselves
+    (`memory.block_swap`), and ComfyUI is asked for the room alone."""
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         return super().partially_load(device_to, EVERYTHING, force_patch_weights)
@@ -164,6 +167,8 @@ class Place:
     def __init__(self):
         self.made_from: tuple | None = None
         self.patcher: WholePatcher | None = None
+        self.sizes: tuple[tuple, Sizes] | None = None
+        """What they were measured for, and they."""
 
 
 PLACES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -176,6 +181,7 @@ class Model:
     Args:
         acceleration: how the networks of a run are made faster, where this is its DiT.
         accelerated_in: the node that says so; it shows what came of it.
+        limits: what memory a run may use, where this is its DiT.
     """
 
     def __init__(
@@ -183,13 +189,18 @@ class Model:
         recipe: ModelRecipe,
         acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
         accelerated_in: str | None = None,
+        limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
     ):
-        self.recipe, self.acceleration, self.accelerated_in = recipe, acceleration, accelerated_in
+        self.recipe, self.acceleration, self.accelerated_in, self.limits = recipe, acceleration, accelerated_in, limits
         self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
 
     def with_acceleration(self, plan: AccelerationPlan, node_id: str) -> "Model":
         """The same network, in the same place, under another plan."""
-        return Model(self.recipe, plan, node_id)
+        return Model(self.recipe, plan, node_id, self.limits)
+
+    def with_limits(self, limits: MemoryLimits) -> "Model":
+        """The same network, in the same place, with other limits."""
+        return Model(self.recipe, self.acceleration, self.accelerated_in, limits)
 
 
 class ComfyNetworks:
@@ -221,36 +232,63 @@ class ComfyNetworks:
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
         self.loading = replace(plan_loading(precision, card, split_experts, self.acceleration), device=self.device)
+        self.limits = self.models[DIT].limits if DIT in self.models else MemoryLimits()
         self.offload = offload
 
     @contextlib.contextmanager
-    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        patcher = self._patcher(name)
-        manager.load_models_gpu([patcher], memory_required=working_bytes, force_full_load=True)
+    def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
+        patcher = self._patcher(name, planned.plan.locks and planned.plan.swaps)
+        if planned.plan.swaps:
+            patcher.detach()
+            manager.free_memory(planned.bytes, self.device)
+            try:
+                with patcher.model.placement.on(self.device, planned.plan) as network:
+                    yield network
+            finally:
+                manager.soft_empty_cache()
+            return
+        manager.load_models_gpu([patcher], memory_required=planned.working_bytes, force_full_load=True)
         try:
             yield patcher.model.network
-        except torch.OutOfMemoryError:
-            manager.unload_all_models()
-            raise
         finally:
             if self.offload and self.device.type != "cpu":
                 patcher.detach()
                 manager.soft_empty_cache()
+
+    def room(self, name: str) -> Room:
+        """What is free, and what ComfyUI can make free by taking other networks off the card."""
+        if self.device.type == "cpu":
+            return room_on(self.device, self.limits)
+        loaded = [entry.model for entry in manager.current_loaded_models if entry.device == self.device]
+        returnable = sum(patcher.loaded_size() for patcher in loaded if patcher is not None)
+        if self.device.type == "cuda":
+            return room_on(self.device, self.limits, returnable)
+        return Room(manager.get_free_memory(self.device) + returnable, free_ram_bytes(), self.limits.weights)
+
+    def sizes(self, name: str) -> Sizes:
+        model = self.models[name]
+        made_from = self._made_from(model.recipe)
+        if model.place.sizes is None or model.place.sizes[0] != made_from:
+            model.place.sizes = made_from, sizes_of(model.recipe.path, model.recipe.kind, self.loading)
+        return model.place.sizes[1]
+
+    def recover(self) -> None:
+        manager.unload_all_models()
+        manager.soft_empty_cache()
 
     @property
     def paths(self) -> dict[str, Path]:
         """Where each network comes from."""
         return {name: Path(model.recipe.path) for name, model in self.models.items()}
 
-    def _patcher(self, name: str) -> WholePatcher:
-        """The network under ComfyUI's management, loaded unless it is there as it is wanted."""
+    def _patcher(self, name: str, packs: bool) -> WholePatcher:
+        """The network under ComfyUI's management, loaded unless it is there as it is wanted. `packs`: see
+        `load_placed`."""
         recipe, place, cpu = self.models[name].recipe, self.models[name].place, torch.device("cpu")
         if place.made_from != self._made_from(recipe):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
-            kind, loading = recipe.kind, self.loading
-            network = load(recipe.path, kind, loading.dtype(kind), cpu, loading.prepare(kind))
-            loading.finish(kind, network, recipe.path)
-            place.patcher = WholePatcher(Placed(network), self.device, cpu)
+            placement = load_placed(recipe.path, recipe.kind, self.loading, packs)
+            place.patcher = WholePatcher(Placed(placement), self.device, cpu)
             place.made_from = self._made_from(recipe)  # loading may have written a file of split experts
         return place.patcher
 

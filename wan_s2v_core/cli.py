@@ -22,7 +22,7 @@ from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
     from .bench.cases import BenchRequest
-    from .config import AccelerationPlan, ExpertRouting, SamplingConfig, VideoConfig
+    from .config import AccelerationPlan, ExpertRouting, MemoryLimits, SamplingConfig, VideoConfig
     from .render import RenderRequest
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
-    from .config import AccelerationPlan, ExpertRouting, VideoConfig
+    from .config import AccelerationPlan, ExpertRouting, MemoryLimits, VideoConfig
     from .render import RenderRequest, earlier_seed
 
     for flag, needs in NOT_YET.items():
@@ -117,7 +117,10 @@ def run_generate(options: argparse.Namespace) -> int:
         fused=options.fused,
         vae=options.vae_precision,
     )
-    return make_video(request, video, sampling, options.json, routing, acceleration)
+    limits = MemoryLimits(
+        options.vram_limit_gb, options.resident_blocks, options.slice_tokens, options.vae_tile, options.weights
+    )
+    return make_video(request, video, sampling, options.json, routing, acceleration, limits)
 
 
 def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
@@ -169,11 +172,12 @@ def make_video(
     as_json: bool,
     routing: "ExpertRouting | None" = None,
     acceleration: "AccelerationPlan | None" = None,
+    limits: "MemoryLimits | None" = None,
 ) -> int:
     from .render import clips_folder, render
 
     try:
-        report = render(request, video, sampling, None if as_json else show_step, routing, acceleration)
+        report = render(request, video, sampling, None if as_json else show_step, routing, acceleration, limits)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
         print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)
@@ -372,6 +376,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)
     add_experts(make)
     add_noise_experts(make)
+    add_memory(make)
     add_speed(make)
     for flag in ("tts_prompt_audio", "tts_prompt_text", "tts_text"):
         add(f"--{flag}", help=argparse.SUPPRESS)
@@ -442,6 +447,27 @@ def add_speed(make: argparse.ArgumentParser) -> None:
         default=usual.vae,
         choices=VAE_WAYS,
         help="auto: bfloat16 with kernels of our own on a card, unless --precision is float32",
+    )
+
+
+def add_memory(make: argparse.ArgumentParser) -> None:
+    """How a run fits into a card; it is decided by what is free unless these say otherwise."""
+    from .config import AUTO, WEIGHT_PLACES
+
+    memory = make.add_argument_group(
+        "memory", "decided by what is free; results are the same up to rounding, whatever is chosen here"
+    )
+    add = memory.add_argument
+    add("--vram_limit_gb", type=float, metavar="GB", help="as if the card had so much, such as 8 or 12")
+    add("--resident_blocks", type=int, metavar="N", help="blocks of the DiT that stay on the card; others come and go")
+    add("--slice_tokens", type=int, metavar="N", help="tokens that the DiT computes at once; 0: all")
+    add("--vae_tile", type=int, metavar="PX", help="side of the VAE's tiles, a multiple of 8; 0: whole pictures")
+    add(
+        "--weights",
+        default=AUTO,
+        choices=WEIGHT_PLACES,
+        help="where weights wait that come and go: locked in main memory is fastest, mapped from their file takes none "
+        "of it (default %(default)s, by what is free)",
     )
 
 

@@ -192,6 +192,8 @@ class AccelerationPlan(JsonConfig):
         return (dense + (blocks - dense) * self.sparse_keep) / blocks
 
 
+LOCKED, MAPPED = "locked", "mapped"
+WEIGHT_PLACES = (AUTO, LOCKED, MAPPED)
 MEMORY_PROFILES = {
     "8 GB": 8.0,
     "10 GB": 10.0,
@@ -216,8 +218,11 @@ class MemoryLimits(JsonConfig):
     """Tokens that the DiT computes at once; 0: all."""
     tile_px: int | None = None
     """Side of the VAE's tiles; 0: whole pictures."""
+    weights: str = AUTO
+    """Where weights wait that come and go: locked in main memory, mapped from their file, or auto by what is free."""
 
     def __post_init__(self):
+        check_choice("weights", self.weights, WEIGHT_PLACES)
         if self.vram_limit_gb is not None and not 0 < self.vram_limit_gb < float("inf"):
             raise ConfigError(
                 f"vram_limit_gb={self.vram_limit_gb} must be above 0. Use the size of a card, such as 8 or 12, or "

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .conditioning.bundle import make_conditioning
 from .conditioning.image import read_picture, to_frames
-from .config import DEFAULT_NEGATIVE_PROMPT, AccelerationPlan, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
+from .config import (
+    DEFAULT_NEGATIVE_PROMPT,
+    AccelerationPlan,
+    ExpertRouting,
+    JsonConfig,
+    MemoryLimits,
+    SamplingConfig,
+    VideoConfig,
+)
 from .errors import ConfigError
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
@@ -84,6 +92,7 @@ def render(
     on_step: Callable[[int, int, int], None] | None = None,
     routing: ExpertRouting | None = None,
     acceleration: AccelerationPlan | None = None,
+    limits: MemoryLimits | None = None,
 ) -> RenderReport:
     """Make the video.
 
@@ -94,17 +103,20 @@ def render(
         on_step: called with clip, number of clips and step (clip and step from 1) after each step; may raise to stop.
         routing: how experts are used; a dense model has none and says so.
         acceleration: how networks are made faster.
+        limits: of memory.
     """
     began, target = time.monotonic(), Path(request.save_file)
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
     routing, acceleration = routing or ExpertRouting(), acceleration or AccelerationPlan()
+    limits = limits or MemoryLimits()
     settings = {
         "request": request.to_dict(),
         "video": video.to_dict(),
         "sampling": sampling.to_dict(),
         "routing": routing.to_dict(),
         "acceleration": acceleration.to_dict(),
+        "limits": limits.to_dict(),
     }
     folder = clips_folder(target)
     check_earlier(folder, settings)
@@ -114,7 +126,7 @@ def render(
 
     loading = plan_loading(request.precision, usable_device(request.device), request.split_experts, acceleration)
     text_device = "cpu" if request.text_on_cpu else None
-    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert)
+    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
     loading.attention(config)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)

@@ -93,7 +93,7 @@ def test_layers_may_come_in_any_order_and_fail(slots, locks, chance):
                 assert torch.equal(network(x, order), wanted)
                 with pytest.raises(RuntimeError):
                     network(x[:, :2], order)
-                assert sum(layer.module.weight.data_ptr() != layer.sources[0].data_ptr() for layer in packed) == 0
+                assert sum(layer.module.weight.data_ptr() != layer.places[0].tensor.data_ptr() for layer in packed) == 0
             assert swap.bytes == slots * packed[0].bytes
         assert torch.equal(network(x, orders[0]), expected[0])
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in network.layers)

@@ -47,20 +47,18 @@ class Attempts:
         self.networks, self.name, self.choose = networks, name, choose
         self.room = networks.room(name)
         self.sizes = Sizes() if self.room.device_bytes is None else networks.sizes(name)
-        self.planned = self._plan("")
+        self.is_last = False
+        """Whether the plan is the tightest one, tried again when all was given back that others held."""
+        try:
+            self.planned = choose(self.room, self.sizes)
+        except OutOfMemory as error:
+            raise self.end(str(error)) from error
+        if self.planned != WHOLE:
+            log.info("%s: %s", self.label, self.planned.line(self.sizes))
 
     @property
     def label(self) -> str:
         return PART_LABELS[kind_of(self.name)]
-
-    def _plan(self, reason: str) -> Planned:
-        try:
-            planned = self.choose(self.room, self.sizes)
-        except OutOfMemory as error:
-            raise self.end(" ".join(filter(None, (reason, str(error))))) from error
-        if planned != WHOLE:
-            log.info("%s: %s", self.label, planned.line(self.sizes))
-        return planned
 
     def end(self, reason: str) -> OutOfMemory:
         """The error of a stage for which there is no room."""
@@ -78,15 +76,22 @@ class Attempts:
             OutOfMemory: if there is none.
         """
         self.networks.recover()
-        before = self.planned
-        self.room = tighter(self.room, before)
-        self.planned = self._plan(reason)
+        if self.is_last:
+            raise self.end(f"{reason}, with {self.planned.line(self.sizes)} and nothing tighter.")
+        before, self.room = self.planned, tighter(self.room, self.planned)
+        try:
+            self.planned = self.choose(self.room, self.sizes)
+        except OutOfMemory:
+            self.is_last = True
         log.warning(
-            "%s: memory ran out (%s) with %s. It goes on with %s, slower. A lower memory limit avoids the failure",
+            "%s: memory ran out (%s) with %s. It goes on with %s%s",
             self.label,
-            reason,
+            reason.rstrip("."),
             before.line(self.sizes),
             self.planned.line(self.sizes),
+            " again, now that others have left"
+            if self.is_last
+            else ", slower. A lower memory limit avoids the failure",
         )
 
     def run(self, work: Callable[[Planned], T]) -> T:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import MemoryLimits, OffloadPlan
+from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan
 from ..errors import OutOfMemory
 from .placement import Placement
 
@@ -56,7 +56,9 @@ class Room:
     device_bytes: int | None = None
     """On the device, weights included; None where that is main memory, of which there is enough."""
     ram_bytes: int | None = None
-    """In main memory, for weights that wait there in a piece of their own; None where it is not known."""
+    """In main memory, for weights that wait there in pieces of their own; None where it is not known."""
+    weights: str = AUTO
+    """Where they are to wait."""
 
     @property
     def usable_bytes(self) -> int:
@@ -87,8 +89,8 @@ class Sizes:
         parts = [
             tuple(layers[module].bytes for module in part) for part in (lists.blocks, lists.injectors, lists.seldom)
         ]
-        tables = sum(place.tensor.nbytes for place, _ in placement.tables.places)
-        others = {id(place.tensor): place.tensor.nbytes for place, _ in placement.home.places}
+        tables = sum(place.tensor.nbytes for place in placement.tables.places)
+        others = {id(place.tensor): place.tensor.nbytes for place in placement.home.places}
         return cls(*parts, tables, sum(others.values()))
 
     def on_device(self, plan: OffloadPlan) -> int:
@@ -173,7 +175,9 @@ def with_residents(planned: Planned, room: Room, sizes: Sizes) -> Planned:
 
 
 def fits_ram(sizes: Sizes, room: Room) -> bool:
-    """Whether the layers of a network have room in main memory in pieces of their own."""
+    """Whether the layers of a network may lie in main memory in pieces of their own."""
+    if room.weights != AUTO:
+        return room.weights == LOCKED
     layers = sum(sizes.blocks) + sum(sizes.injectors) + sum(sizes.seldom)
     return room.ram_bytes is None or layers + RAM_BYTES <= room.ram_bytes
 

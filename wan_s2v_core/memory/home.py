@@ -22,10 +22,20 @@ class Place:
     holder: dict[str, Any]
     name: str
     tensor: Tensor
+    """The object itself, which may be moved by others (`Module.to`)."""
+    data: Tensor
+    """What it held when this was taken down."""
 
-    def put(self, data: Tensor) -> None:
-        """Let the module use these values, in the tensor object that it has had from the beginning."""
-        self.tensor.data = data
+    def put(self, values: Tensor) -> None:
+        """Let the module use other values, in a tensor object of their own: what kind of tensor one is (of inference
+        mode or not) stays with the object."""
+        is_parameter = isinstance(self.tensor, nn.Parameter)
+        self.holder[self.name] = nn.Parameter(values, requires_grad=False) if is_parameter else values
+
+    def put_back(self) -> None:
+        """Let the module use the tensor that it had, as it was."""
+        if self.tensor.data_ptr() != self.data.data_ptr():
+            self.tensor.data = self.data
         self.holder[self.name] = self.tensor
 
 
@@ -33,7 +43,7 @@ def places_in(module: nn.Module) -> Iterator[Place]:
     """All parameters and buffers of a module; one that is held twice comes twice."""
     for part in module.modules():
         for holder in (part._parameters, part._buffers):
-            yield from (Place(holder, name, tensor) for name, tensor in holder.items() if tensor is not None)
+            yield from (Place(holder, name, held, held.data) for name, held in holder.items() if held is not None)
 
 
 class Home:
@@ -45,20 +55,20 @@ class Home:
 
     def __init__(self, network: nn.Module, apart: Iterable[nn.Module] = ()):
         others = {id(place.tensor) for module in apart for place in places_in(module)}
-        self.places = [(place, place.tensor.data) for place in places_in(network) if id(place.tensor) not in others]
+        self.places = [place for place in places_in(network) if id(place.tensor) not in others]
 
     def send(self, device: torch.device) -> None:
         """Copy them to a device, where the network then uses them."""
         copies: dict[int, Tensor] = {}
-        for place, data in self.places:
+        for place in self.places:
             if id(place.tensor) not in copies:
-                copies[id(place.tensor)] = data.to(device)
+                copies[id(place.tensor)] = place.data.to(device)
             place.put(copies[id(place.tensor)])
 
     def take_back(self) -> None:
-        """Let the network use them again; its copies elsewhere are freed."""
-        for place, data in self.places:
-            place.put(data)
+        """Let the network use them again, also where others have moved them; copies elsewhere are freed."""
+        for place in self.places:
+            place.put_back()
 
 
 class PackedLayer:
@@ -82,7 +92,6 @@ class PackedLayer:
                 self.offsets[id(place.tensor)] = end
                 end += -(-place.tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.bytes = end
-        self.sources = [place.tensor.data for place in self.places]
 
     @property
     def is_packed(self) -> bool:
@@ -91,7 +100,7 @@ class PackedLayer:
         if self.memory is None or held != [id(place.tensor) for place in self.places]:
             return False
         first, end = self.memory.data_ptr(), self.memory.data_ptr() + self.bytes
-        return all(first <= place.tensor.data_ptr() < end for place in self.places)
+        return all(first <= place.data.data_ptr() < end for place in self.places)
 
     def settle(self) -> None:
         """Take down what the layer holds now, which may be other tensors than before."""
@@ -107,13 +116,12 @@ class PackedLayer:
             return
         self._measure()
         memory = torch.empty(self.bytes, dtype=torch.uint8)
-        views = self.views(memory)
-        for view, place in zip(views, self.places, strict=True):
-            view.copy_(place.tensor)
+        for view, place in zip(self.views(memory), self.places, strict=True):
+            place.put(view.copy_(place.data))
         if self.unlock is not None:
             self.unlock()
-        self.memory, self.sources = memory, views
-        self.bind(None)
+        self.memory = memory
+        self._measure()
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors as they lie in a piece of memory of `bytes`, one for each place."""
@@ -124,16 +132,20 @@ class PackedLayer:
 
     def bind(self, memory: Tensor | None) -> None:
         """Let the layer use what lies in `memory`; None: what lies at home."""
-        for place, data in zip(self.places, self.sources if memory is None else self.views(memory), strict=True):
-            place.put(data)
+        if memory is None:
+            for place in self.places:
+                place.put_back()
+            return
+        for place, view in zip(self.places, self.views(memory), strict=True):
+            place.put(view)
 
     def gather(self, memory: Tensor) -> None:
-        """Copy all tensors into a piece of main memory."""
+        """Copy all tensors into a piece of memory, on any device."""
         if self.memory is not None:
             memory[: self.bytes].copy_(self.memory)
             return
-        for view, source in zip(self.views(memory), self.sources, strict=True):
-            view.copy_(source)
+        for view, place in zip(self.views(memory), self.places, strict=True):
+            view.copy_(place.data)
 
     def lock(self) -> bool:
         """Keep the packed memory where it is, so that a card copies from it by itself; whether that could be done.

@@ -148,7 +148,7 @@ class CheckpointNetworks:
             yield self._on_device(name, device)
             return
         try:
-            with self._placement(name, plan.locks and device.type != "cpu").on(device, plan) as network:
+            with self._placement(name, plan.locks and plan.swaps).on(device, plan) as network:
                 yield network
         finally:
             free_unused(device)
@@ -187,12 +187,12 @@ def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 
     """
     limit = None if limits.vram_limit_gb is None else round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES
     if device.type != "cuda":
-        return Room(limit, free_ram_bytes())
+        return Room(limit, free_ram_bytes(), limits.weights)
     allocated = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
     if limit is not None:
         free = min(free, limit - allocated)
-    return Room(free + returnable_bytes, free_ram_bytes())
+    return Room(free + returnable_bytes, free_ram_bytes(), limits.weights)
 
 
 def free_unused(device: torch.device) -> None:

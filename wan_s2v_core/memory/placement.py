@@ -114,10 +114,14 @@ class Placement:
             with BlockSwap(streamed, device):
                 yield self.network
         finally:
-            for layer in resident:
-                layer.bind(None)
-            self.home.take_back()
-            self.tables.take_back()
+            self.take_back()
+
+    def take_back(self) -> None:
+        """All of it is at home again; copies elsewhere are freed."""
+        for layer in self.layers.values():
+            layer.bind(None)
+        self.home.take_back()
+        self.tables.take_back()
 
     def lanes(self, plan: OffloadPlan) -> tuple[list[Lane], list[PackedLayer]]:
         """What moves while the network computes, and what stays on the device."""
@@ -144,8 +148,5 @@ class Placement:
 def copied(layer: PackedLayer, device: torch.device) -> torch.Tensor:
     """The memory of a layer on a device."""
     memory = new_memory(layer.bytes, device)
-    if layer.memory is not None:
-        return memory.copy_(layer.memory)
-    for view, source in zip(layer.views(memory), layer.sources, strict=True):
-        view.copy_(source)
+    layer.gather(memory)
     return memory
