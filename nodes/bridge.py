@@ -232,6 +232,7 @@ class ComfyNetworks:
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
         self.loading = replace(plan_loading(precision, card, split_experts, self.acceleration), device=self.device)
+        self.vae_way = self.loading.vae_way
         self.limits = self.models[DIT].limits if DIT in self.models else MemoryLimits()
         self.offload = offload
 

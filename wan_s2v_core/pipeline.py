@@ -19,7 +19,7 @@ from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, ConfigError
-from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT
+from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
 from .memory.attempts import Attempts
@@ -33,16 +33,18 @@ from .memory.budget import (
     dit_candidates,
     forward_bytes,
     plan_stage,
-    vae_bytes,
+    vae_plan,
     voice_bytes,
     whole,
 )
 from .memory.networks import CheckpointNetworks, Networks
+from .memory.vae_room import VaeWork
 from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
+from .model.vae_parts import VaeParts
 from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
@@ -274,6 +276,8 @@ class S2VPipeline:
         """One network, for one stage, as planned. `name`: as for `Networks.use`."""
         self.check()
         with self.networks.use(name, planned) as network, told(network, self.check):
+            if name == VAE:
+                network.parts = VaeParts(planned.plan.tile_px, is_apart=not planned.plan.holds_pixels)
             yield network
 
     def run(self, name: str, choose: Choose, work: Callable[[nn.Module], T]) -> T:
@@ -405,11 +409,21 @@ class S2VPipeline:
         seen, frames = job.pose_of(clip), job.plan.clip_frames[clip]
         if seen is None:
             return None
-        return self.encode(pose_pixels(seen, frames, *job.size_px).to(self.device))[:, :, 1:]
+        return self.encode(pose_pixels(seen, frames, *job.size_px))[:, :, 1:]
 
     def encode(self, video: Tensor) -> Tensor:
-        return self.run(VAE, whole(vae_bytes(*video.shape[-2:])), lambda vae: vae.encode(video))
+        """B 3 T H W, on the device or in main memory -> latents B C F h w, on the device."""
+        frames, height, width = video.shape[2:]
+        work = VaeWork(height, width, frames, decodes=False)
+        return self.run(VAE, self.coding_plan(work), lambda vae: vae.encode(video))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        sides = (PIXELS_PER_LATENT * side for side in latents.shape[-2:])
-        return self.run(VAE, whole(vae_bytes(*sides)), lambda vae: vae.decode(latents))
+    def decode(self, latents: Tensor, keep_frames: int | None = None) -> Tensor:
+        """B C F h w -> the last `keep_frames` of the video, or all, B 3 T H W; in main memory where room is short."""
+        frames, height, width = latents.shape[2:]
+        height, width = PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width
+        work = VaeWork(height, width, frames_of(frames), decodes=True, keep_frames=keep_frames)
+        return self.run(VAE, self.coding_plan(work), lambda vae: vae.decode(latents, keep_frames))
+
+    def coding_plan(self, work: VaeWork) -> Choose:
+        """How the VAE can do its work."""
+        return vae_plan(work, self.networks.vae_way, self.networks.limits)

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise
 from .acceleration.quantization import check_device, swap_linears
-from .acceleration.vae.network import speed_up
+from .acceleration.vae.network import has_kernels, speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
+from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.dit import S2VTransformer
 from .model.loading import find_part
@@ -63,11 +64,21 @@ class LoadPlan:
 
     @property
     def has_fast_vae(self) -> bool:
-        """Whether the VAE computes in bfloat16 with kernels of its own; on CPUs other ways are faster."""
+        """Whether the VAE computes in bfloat16; on CPUs other ways are faster."""
         is_wanted = self.acceleration.vae == "bfloat16"
         if self.acceleration.vae == AUTO:
             is_wanted = self.precision.dtype != torch.float32 and has_bfloat16(self.device)
         return is_wanted and self.device.type == "cuda"
+
+    @property
+    def vae_way(self) -> VaeWay | None:
+        """How the VAE computes: on cards with a network that can work in parts, elsewhere with diffusers' own."""
+        if self.device.type != "cuda":
+            return PLAIN
+        if self.has_fast_vae and has_kernels(self.device):
+            return KERNELS
+        way = LIBRARY_16 if self.has_fast_vae else LIBRARY_32
+        return replace(way, copies=bool(torch.version.hip))
 
     def attention(self, config: S2VModelConfig) -> Chosen:
         """The attention that a DiT of that config gets; see `choose_attention`."""
@@ -103,8 +114,8 @@ class LoadPlan:
             split_into_experts(network, Path(path), self.split_experts, self.device)
         if kind == DIT:
             group_products(network)
-        if kind == VAE and self.has_fast_vae:
-            speed_up(network, self.device)
+        if kind == VAE and self.device.type == "cuda":
+            speed_up(network, self.device, torch.bfloat16 if self.has_fast_vae else torch.float32)
 
 
 EVERYTHING = OffloadPlan()

@@ -72,8 +72,8 @@ class Drifting:
     def encode(self, video):
         return video[:, :, ::4]
 
-    def decode(self, latents):
-        return latents.repeat_interleave(4, dim=2)
+    def decode(self, latents, keep_frames):
+        return latents.repeat_interleave(4, dim=2)[:, :, -keep_frames:]
 
     def sample(self, task):
         last = task.reference_latents if task.motion_latents is None else task.motion_latents[:, :, -1:]

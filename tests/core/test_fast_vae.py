@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_s2v_core.acceleration.vae import network
-from wan_s2v_core.acceleration.vae.network import FastNetwork, speed_up, tiles
+from wan_s2v_core.acceleration.vae.network import FastNetwork, picture_tiles, speed_up
 from wan_s2v_core.acceleration.vae.packing import spread_taps, up_taps
 from wan_s2v_core.acceleration.vae.streams import LibraryStream
 from wan_s2v_core.bench.random_weights import fill_random
+from wan_s2v_core.config import AccelerationPlan
 from wan_s2v_core.errors import ConfigError
+from wan_s2v_core.memory.vae_room import LIBRARY_32, PLAIN
+from wan_s2v_core.model import vae_parts
+from wan_s2v_core.model.checkpoint import VAE
 from wan_s2v_core.model.loading import load_vae
 from wan_s2v_core.model.vae import VideoVAE
+from wan_s2v_core.model.vae_parts import VaeParts, tiles
+from wan_s2v_core.prepare import PRECISIONS, LoadPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -33,9 +39,10 @@ def random_vae(seed: int) -> VideoVAE:
     return vae
 
 
-def fast_copy(vae: VideoVAE, **options) -> VideoVAE:
+def fast_copy(vae: VideoVAE, dtype=torch.bfloat16, **parts) -> VideoVAE:
     fast = copy.deepcopy(vae)
-    speed_up(fast, CPU, **options)
+    speed_up(fast, CPU, dtype)
+    fast.parts = VaeParts(**parts)
     return fast
 
 
@@ -65,8 +72,64 @@ def test_tiles_are_the_same(size, fresh_seed):
     plain = random_vae(fresh_seed)
     video = torch.rand(1, 3, *size) * 2 - 1
     fast = fast_copy(plain, dtype=torch.float32, tile_px=64)
-    assert len(list(fast.network._tiles(size[1] // 8, size[2] // 8, 1))) >= 3
+    assert len(list(picture_tiles(size[1] // 8, size[2] // 8, fast.parts.tile, 1))) >= 3
     assert_same(fast, plain, video)
+
+
+def tiled_differences(fast: VideoVAE, h: int, w: int, tile: int) -> tuple[float, float, float]:
+    """Decoded in tiles against whole: mean difference beside the borders of tiles, elsewhere, and the largest."""
+    latents = torch.randn(1, 16, 1, h, w)
+    with torch.inference_mode():
+        fast.parts = VaeParts()
+        whole = fast.decode(latents)
+        fast.parts = VaeParts(tile_px=8 * tile)
+        difference = (fast.decode(latents) - whole).abs()
+    beside = torch.zeros(8 * h, 8 * w, dtype=torch.bool)
+    for rows, columns in picture_tiles(h, w, tile, 0):
+        top, left = 8 * rows[1].start, 8 * columns[1].start
+        if top:
+            beside[top - 8 : top + 8] = True
+        if left:
+            beside[:, left - 8 : left + 8] = True
+    assert 0.05 < beside.float().mean() < 0.95
+    return difference[..., beside].mean().item(), difference[..., ~beside].mean().item(), difference.max().item()
+
+
+def test_tiles_leave_no_seam(fresh_seed, monkeypatch):
+    """The tiles that 3840x2160 is cut into (three rows, four columns), at a tenth of the size. With less around them
+    than layers see, there is one."""
+    torch.manual_seed(fresh_seed)
+    fast = fast_copy(random_vae(fresh_seed), dtype=torch.float32)
+    beside, elsewhere, most = tiled_differences(fast, 27, 48, 12)
+    assert most < ROUNDING and beside < 1.5 * elsewhere + 1e-7
+    monkeypatch.setattr(network, "DECODER_REACH", 2)
+    beside, elsewhere, _ = tiled_differences(fast, 27, 48, 12)
+    assert beside > 3 * elsewhere + 1e-6
+
+
+@pytest.mark.parametrize("parts", [{}, {"tile_px": 32, "is_apart": True}], ids=str)
+def test_frames_that_are_dropped(parts, fresh_seed):
+    """The last ones are the same, bit for bit, and no more are stored; tiles and places may change between calls."""
+    torch.manual_seed(fresh_seed)
+    fast = fast_copy(random_vae(fresh_seed), dtype=torch.float32)
+    latents = torch.randn(2, 16, 3, 5, 6)
+    with torch.inference_mode():
+        fast.parts = VaeParts(**parts)
+        video = fast.decode(latents)
+        for keep in (1, 4, 8, 9, 50):
+            found = fast.decode(latents, keep)
+            assert torch.equal(found, video[:, :, -keep:]) and found.untyped_storage().nbytes() == found.numel() * 4
+
+
+def test_the_plain_network_keeps_frames_too(fresh_seed):
+    torch.manual_seed(fresh_seed)
+    plain, latents = random_vae(fresh_seed), torch.randn(1, 16, 2, 3, 4)
+    assert not plain.works_in_parts
+    with torch.inference_mode():
+        video = plain.decode(latents)
+        assert torch.equal(plain.decode(latents, 3), video[:, :, -3:]) and torch.equal(plain.decode(latents, 9), video)
+        plain.parts = VaeParts(tile_px=8, is_apart=True)
+        assert torch.equal(plain.decode(latents), video), "it computes whole pictures"
 
 
 def test_reach_is_what_layers_see(fresh_seed):
@@ -89,8 +152,9 @@ def test_reach_is_what_layers_see(fresh_seed):
 def test_steps_of_any_length_are_the_same(fresh_seed, monkeypatch):
     """Causal layers remember: frames may come a few at a time."""
     torch.manual_seed(fresh_seed)
-    for name, step in (("ENCODER_STEP", 12), ("DECODER_STEP", 6), ("LATENT_STEP", 2)):
+    for name, step in (("ENCODER_STEP", 12), ("DECODER_STEP", 6)):
         monkeypatch.setattr(network, name, step)
+    monkeypatch.setattr(vae_parts, "LATENT_STEP", 2)
     plain = random_vae(fresh_seed)
     assert_same(fast_copy(plain, dtype=torch.float32), plain, torch.rand(1, 3, 21, 16, 24) * 2 - 1)
 
@@ -125,8 +189,23 @@ def test_pictures_of_the_embedded_vae_stay(fresh_seed):
     with torch.inference_mode():
         shown = plain.decode(plain.encode(video))
         error = (fast.decode(fast.encode(video)) - shown).square().mean()
+        exact, tiled = (fast_copy(plain, dtype=torch.float32, **parts) for parts in ({}, {"tile_px": 40}))
+        for found in (exact, tiled):
+            torch.testing.assert_close(found.decode(found.encode(video)), shown, atol=ROUNDING, rtol=0)
     assert 50 < 10 * torch.log10(4 / error) < 90
     assert 10 * torch.log10(4 / (shown - video).square().mean()) > 20, "it shows the face"
+
+
+def test_every_card_can_work_in_parts(fresh_seed):
+    """In float32 as well; CPUs keep diffusers' network."""
+    for device, is_fast in (("cuda", True), ("cpu", False)):
+        plan = AccelerationPlan(vae="float32")
+        loading = LoadPlan(PRECISIONS["bfloat16"], torch.device(device), acceleration=plan)
+        vae = random_vae(fresh_seed)
+        loading.finish(VAE, vae, "")
+        assert vae.works_in_parts == is_fast and loading.vae_way == (LIBRARY_32 if is_fast else PLAIN)
+        if is_fast:
+            assert vae.network.compute_dtype == torch.float32 and vae.network.kind is LibraryStream
 
 
 def test_the_plain_network_can_go(fresh_seed):
@@ -143,9 +222,9 @@ def test_the_plain_network_can_go(fresh_seed):
 
 
 @pytest.mark.parametrize("side", [0, 4, 100, -8])
-def test_tiles_of_other_sides_are_told(side, fresh_seed):
+def test_tiles_of_other_sides_are_told(side):
     with pytest.raises(ConfigError, match=f"tile_px={side} .* multiple of 8"):
-        speed_up(random_vae(fresh_seed), CPU, tile_px=side)
+        VaeParts(tile_px=side)
 
 
 @settings(max_examples=100, deadline=None)

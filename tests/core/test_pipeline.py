@@ -65,9 +65,9 @@ class WithoutVAE(S2VPipeline):
         frames, *sides = video.shape[2:]
         return torch.randn(1, 16, latent_frames_of(frames), *(side // PIXELS_PER_LATENT for side in sides))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, keep_frames: int) -> Tensor:
         frames, *sides = latents.shape[2:]
-        return torch.zeros(1, 3, frames_of(frames), *(PIXELS_PER_LATENT * side for side in sides))
+        return torch.zeros(1, 3, min(keep_frames, frames_of(frames)), *(PIXELS_PER_LATENT * side for side in sides))
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -246,9 +246,9 @@ class Stages(S2VPipeline):
         self.stage = "encode"
         return super().encode(video)
 
-    def decode(self, latents):
+    def decode(self, latents, keep_frames):
         self.stage = "decode"
-        return super().decode(latents)
+        return super().decode(latents, keep_frames)
 
 
 def everything(pipeline: Stages, recording: Recording) -> list[Tensor]:

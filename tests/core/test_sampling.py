@@ -164,9 +164,9 @@ class CountingVAE:
         self.encoded.append(video.shape[2])
         return video[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1)
 
-    def decode(self, latents):
+    def decode(self, latents, keep_frames):
         self.decoded.append(latents.shape[2])
-        frames = latents[:, :3].repeat_interleave(4, dim=2)[:, :, 3:]
+        frames = latents[:, :3].repeat_interleave(4, dim=2)[:, :, 3:][:, :, -keep_frames:]
         return frames.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
 
 

@@ -47,9 +47,9 @@ class WithoutVAE(Recorder):
         frames, *sides = latent_frames_of(video.shape[2]), *(side // PIXELS_PER_LATENT for side in video.shape[3:])
         return torch.zeros(1, 16, frames, *sides)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, keep_frames: int) -> Tensor:
         frames, *sides = latents.shape[2:]
-        return torch.zeros(1, 3, frames_of(frames), *(PIXELS_PER_LATENT * side for side in sides))
+        return torch.zeros(1, 3, min(keep_frames, frames_of(frames)), *(PIXELS_PER_LATENT * side for side in sides))
 
 
 @pytest.fixture(scope="module")

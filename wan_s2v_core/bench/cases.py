@@ -12,6 +12,7 @@ from ..config import AccelerationPlan, JsonConfig, S2VModelConfig, SamplingConfi
 from ..errors import ConfigError
 from ..geometry import ClipGeometry
 from ..memory.budget import forward_bytes, vae_bytes
+from ..memory.vae_room import PLAIN, VaeWork
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..pipeline import usable_device
 from ..prepare import AUTO
@@ -296,14 +297,18 @@ class NeedsOf:
 
     def __call__(self, case: Case) -> Needs:
         if case.group not in OF_THE_DIT:
-            coding = vae_bytes(case.height, case.width) + self._video_bytes(case, case.frames)
+            coding = vae_bytes(
+                VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN)
+            ) + self._video_bytes(case, case.frames)
             return Needs(0, self.weights(case.network, case), coding if case.group == VIDEO_VAE else 0)
         config = with_blocks(self.dit, self.request.growth_blocks) if case.group == GROWTH else self.dit
         weights = self.weights(DIT, case, config)
         working = round(forward_bytes(case.shape().tokens(config.packs_motion)) * config.width / RELEASED[DIT].width)
         if case.group != ARTICLE:
             return Needs(forward_flop(config, case.shape(), case.plan.kept(config.blocks)).total, weights, working)
-        decoding = vae_bytes(case.height, case.width) + self._video_bytes(case, MOTION_FRAMES + case.clip_frames)
+        decoding = vae_bytes(
+            VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN)
+        ) + self._video_bytes(case, MOTION_FRAMES + case.clip_frames)
         if self.request.offload:
             most = max(weights + working, self.weights(VAE, case) + decoding, self.weights(TEXT_ENCODER, case))
             return Needs(article_flop(config, case), weights, most - weights)
@@ -316,6 +321,10 @@ class NeedsOf:
         if key not in self._bytes:
             self._bytes[key] = weight_bytes(kind, config, loading_of(case.precision, self.device))
         return self._bytes[key]
+
+    @staticmethod
+    def _coding_bytes(case: Case) -> int:
+        return vae_bytes(VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN))
 
     @staticmethod
     def _video_bytes(case: Case, frames: int) -> int:

@@ -39,7 +39,7 @@ class MeasuredNetworks:
     def __init__(self, networks: Networks, name: str = ""):
         self.networks, self.device, self.acceleration = networks, networks.device, networks.acceleration
         self.limits, self.room, self.sizes = networks.limits, networks.room, networks.sizes
-        self.recover = networks.recover
+        self.recover, self.vae_way = networks.recover, networks.vae_way
         self.name, self.stages = name, []
 
     @contextmanager
@@ -77,6 +77,6 @@ class MeasuredPipeline(S2VPipeline):
         with self.networks.called(f"vae encode, {video.shape[2]} frames"):
             return super().encode(video)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, keep_frames: int | None = None) -> Tensor:
         with self.networks.called(f"vae decode, {latents.shape[2]} latent frames"):
-            return super().decode(latents)
+            return super().decode(latents, keep_frames)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan
 from ..errors import OutOfMemory
+from ..geometry import PIXELS_PER_LATENT
+from ..model.vae_parts import VaeParts
 from .placement import Placement
+from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
 
 FORWARD_BYTES_PER_TOKEN = 175_000
 """Of sampling with the 14B DiT: one forward, and what two guidance branches keep of a driving video and the past.
@@ -21,9 +24,15 @@ def forward_bytes(tokens: int) -> int:
     return FORWARD_BYTES_PER_TOKEN * tokens
 
 
-def vae_bytes(height_px: int, width_px: int) -> int:
-    """Peak memory of encoding or decoding besides the VAE's weights and the video itself."""
-    return VAE_BYTES_PER_PIXEL * height_px * width_px
+def vae_bytes(work: VaeWork) -> int:
+    """Peak memory of encoding or decoding besides the VAE's weights and the caller's own video or latents.
+
+    For diffusers' own network (`PLAIN`) also besides the decoded video.
+    """
+    if work.way is PLAIN:
+        return VAE_BYTES_PER_PIXEL * work.height_px * work.width_px
+    needed = peak_bytes(work)
+    return needed + work.way.margin(needed)
 
 
 VOICE_BYTES_PER_SECOND = 34_000_000
@@ -202,6 +211,32 @@ def dit_candidates(limits: MemoryLimits) -> Candidates:
         yield replace(least, keeps_seldom=False, slots=1)
 
     return candidates
+
+
+LARGE_TILE = 384
+"""Side in pixels below which tiles cost more than pixels on their way to main memory."""
+
+
+def vae_plan(work: VaeWork, way: VaeWay | None, limits: MemoryLimits) -> Choose:
+    """Ways to encode or decode a video: whole pictures, large tiles, and any tiles with the pixels in main memory."""
+    work = replace(work, way=way)
+
+    def candidates(_: Sizes) -> Iterator[OffloadPlan]:
+        if way is PLAIN:
+            yield OffloadPlan()
+            return
+        sides = [side and PIXELS_PER_LATENT * side for side in tile_sizes(*work.latent_size[1:])]
+        if limits.tile_px is not None:
+            sides = [limits.tile_px or None]
+        for holds_pixels in (True, False):
+            for side in sides:
+                if side is None or side >= LARGE_TILE or not holds_pixels or limits.tile_px:
+                    yield OffloadPlan(tile_px=side, holds_pixels=holds_pixels)
+
+    def working(plan: OffloadPlan) -> int:
+        return vae_bytes(replace(work, parts=VaeParts(plan.tile_px, is_apart=not plan.holds_pixels)))
+
+    return lambda room, sizes: plan_stage(candidates, working, room, sizes)
 
 
 def layer_candidates(sizes: Sizes) -> Iterator[OffloadPlan]:

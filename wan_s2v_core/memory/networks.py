@@ -15,6 +15,7 @@ from ..model.checkpoint import TEXT_ENCODER, kind_of
 from ..model.loading import OnTensor, find_part, load, set_types
 from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes, free_ram_bytes
 from .placement import Placement
+from .vae_room import VaeWay
 
 
 class Networks(Protocol):
@@ -26,6 +27,8 @@ class Networks(Protocol):
     """How the DiT is made faster for sampling; None uses it as it is."""
     limits: MemoryLimits
     """What stages may use."""
+    vae_way: VaeWay | None
+    """How the VAE computes."""
 
     def use(self, name: str, planned: Planned = WHOLE) -> AbstractContextManager[nn.Module]:
         """A network on its device for one stage, as planned. `name`: its kind, or LOW_NOISE_DIT."""
@@ -45,6 +48,7 @@ class Loading(Protocol):
 
     device: torch.device
     acceleration: AccelerationPlan
+    vae_way: VaeWay | None
 
     def dtype(self, kind: str) -> torch.dtype: ...
 
@@ -100,7 +104,7 @@ class CheckpointNetworks:
         limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
     ):
         self.paths, self.loading, self.offload, self.limits = paths, loading, offload, limits
-        self.device, self.acceleration = loading.device, loading.acceleration
+        self.device, self.acceleration, self.vae_way = loading.device, loading.acceleration, loading.vae_way
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.placements: dict[str, Placement] = {}
         self.staying: dict[str, nn.Module] = {}

@@ -62,7 +62,7 @@ def clip_noise(
 def generate_clips(
     sample: Callable[[ClipTask], Tensor],
     encode: Callable[[Tensor], Tensor],
-    decode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor, int], Tensor],
     reference: Tensor,
     motion_frames: int,
     noises: Iterable[Tensor],
@@ -77,7 +77,8 @@ def generate_clips(
 
     Args:
         sample: denoises one clip, B C F h w.
-        encode, decode: the VAE, pixels B 3 T H W in [-1, 1] and latents B C F h w.
+        encode, decode: the VAE, pixels B 3 T H W in [-1, 1] and latents B C F h w. `decode` is told how many frames at
+            the end are needed, and gives them wherever they are to lie; `encode` takes videos that lie there.
         reference: B 3 1 H W in [-1, 1].
         motion_frames: video frames of past that a clip sees.
         noises: one per clip, B C F h w; their number is the number of clips, their F the length of each.
@@ -87,12 +88,12 @@ def generate_clips(
             it, so that no clip sees colours that have drifted and drift does not add up.
     """
     reference_latents = encode(reference)
-    motion_video = reference.new_zeros(*reference.shape[:2], motion_frames, *reference.shape[3:])  # mid grey
+    motion_video = torch.zeros(*reference.shape[:2], motion_frames, *reference.shape[3:])  # mid grey, in main memory
     if starts_from_reference:
         motion_video[:, :, -START_PICTURE_FRAMES:] = reference
     known, first = len(finished.clip_frames) if finished else 0, 0
     if finished and known and (kept := finished.motion_video()) is not None:
-        motion_video, first = kept.to(reference.device), known
+        motion_video, first = kept, known
     for index, noise in enumerate(noises):
         if index < first:
             continue
@@ -104,10 +105,12 @@ def generate_clips(
             latents = sample(ClipTask(index, noise, reference_latents, motion_latents)).float()
         # Behind the picture or the past, no frame is the VAE's first, which it blurs.
         lead_in = reference_latents if is_free else motion_latents
-        video = decode(torch.cat([lead_in, latents], dim=2))[:, :, -FRAMES_PER_LATENT * latents.shape[2] :]
-        if is_free:
-            video = video[:, :, FIRST_CLIP_SKIP:]
-        video = match_colours(video, reference, colour_match)
-        motion_video = torch.cat([motion_video, video], dim=2)[:, :, -motion_frames:]
+        frames = FRAMES_PER_LATENT * latents.shape[2] - (FIRST_CLIP_SKIP if is_free else 0)
+        video = decode(torch.cat([lead_in, latents], dim=2), frames)
+        video = match_colours(video, reference.to(video.device), colour_match)
+        if (older := motion_frames - video.shape[2]) > 0:
+            motion_video = torch.cat([motion_video[:, :, -older:].to(video.device), video], dim=2)
+        else:
+            motion_video = video[:, :, -motion_frames:]
         if index >= known:
             yield Clip(index, latents, video, motion_video)

@@ -8,30 +8,31 @@ latent pixels around, so it may run in tiles that overlap by that much, and the 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...geometry import FRAMES_PER_LATENT, frames_of
+from ...geometry import PIXELS_PER_LATENT as PIXELS
 from ...model.vae import VideoVAE
+from ...model.vae_parts import (
+    DECODER_REACH,
+    DECODER_STEP,
+    ENCODER_REACH,
+    ENCODER_STEP,
+    LATENT_STEP,
+    VaeParts,
+    latent_steps,
+    steps,
+    tiles,
+)
 from ..kernels import kernels_work
 from .packing import DOWN, FRAME, POINT, SPREAD, UP
+from .places import MAIN_MEMORY, Canvas, bring
 from .streams import ALIGNED, Convolution, KernelStream, LibraryStream, Stream, fixed
 
 log = logging.getLogger(__name__)
-
-ENCODER_REACH, DECODER_REACH = 5, 7
-"""Latent pixels around one that its features depend on, or that depend on it, in the part that may be tiled.
-
-Encoder, pixels right of the 8 i that latent i begins at: 2 for the last halving and 4 for two residual blocks, twice
-that plus 2 and 4, twice that plus 2, 4 and 1: 43, so 5 latents beyond i. Decoder, from full size: 1 + 6, halved and one
-for each enlarging (4), plus 6, again (6), plus 6, again (7)."""
-FRAMES_PER_LATENT = 4
-ENCODER_STEP, DECODER_STEP, LATENT_STEP = 4, 2, 24
-"""Frames of a step: of the video into the encoder, at latent size and double time into the part of the decoder that may
-be tiled (each becomes two of the video), and of latent frames through what runs at latent size."""
 
 
 class ResidualBlock(nn.Module):
@@ -57,12 +58,14 @@ class FrameAttention(nn.Module):
         self.gamma = fixed(plain.norm.gamma.detach().float().flatten())
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # T h w C
-        shown = x[:, :, : x.shape[2] - stream.gap]
-        tokens = F.normalize(shown.float(), dim=-1) * (len(self.gamma) ** 0.5 * self.gamma)
-        tokens = stream.mix(self.qkv, tokens.to(x.dtype).flatten(1, 2))  # T h*w 3C
-        attended = [F.scaled_dot_product_attention(*frame[None, None].chunk(3, -1))[0, 0] for frame in tokens]
-        added = stream.mix(self.out, torch.stack(attended)).unflatten(1, shown.shape[1:3])
-        return x + F.pad(added, (0, 0, 0, stream.gap))
+        out, width = x.clone(), x.shape[2] - stream.gap
+        for i in range(len(x)):  # one at a time: a frame may be large
+            shown = x[i, :, :width]
+            tokens = F.normalize(shown.float(), dim=-1) * (len(self.gamma) ** 0.5 * self.gamma)
+            tokens = stream.mix(self.qkv, tokens.to(x.dtype).flatten(0, 1))  # h*w 3C
+            tokens = F.scaled_dot_product_attention(*tokens[None, None].chunk(3, -1))[0, 0]
+            out[i, :, :width] += stream.mix(self.out, tokens).unflatten(0, shown.shape[:2])
+        return out
 
 
 class Head(nn.Module):
@@ -129,12 +132,12 @@ class Builder:
     """Makes the layers of one stage and counts which of them see frames of the same size."""
 
     def __init__(self, kind: type[Stream], dtype: torch.dtype, frames: int):
-        self.kind, self.dtype, self.frames, self.level = kind, dtype, frames, 0
+        self.kind, self.dtype, self.step, self.frames, self.level = kind, dtype, frames, frames, 0
         self.made: list[tuple[tuple[int, int], Convolution]] = []
 
     def make(self, plain: nn.Module, norm: nn.Module | None = None, mode: int = FRAME) -> Convolution:
         layer = Convolution(plain, norm, self.kind, self.dtype, mode)
-        layer.frames = self.frames
+        layer.frames, layer.step = self.frames, self.step
         if plain.kernel_size == (3, 3, 3):
             self.made.append(((self.level, -(-plain.in_channels // ALIGNED)), layer))
         return layer
@@ -203,20 +206,6 @@ def decoder_stages(plain: nn.Module, kind: type[Stream], dtype: torch.dtype) -> 
     return whole_stage, builder.stage(local)
 
 
-def steps(frames: int, step: int) -> Iterator[slice]:
-    """The first frame of a video alone, then `step` at a time."""
-    yield slice(0, 1)
-    for start in range(1, frames, step):
-        yield slice(start, min(start + step, frames))
-
-
-def tiles(length: int, size: int | None, reach: int) -> list[tuple[slice, slice]]:
-    """Cut latent pixels into parts of about equal length, at most `size`: each with what surrounds it, and alone."""
-    count = -(-length // size) if size else 1
-    edges = [length * i // count for i in range(count + 1)]
-    return [(slice(max(0, a - reach), min(length, b + reach)), slice(a, b)) for a, b in pairwise(edges)]
-
-
 class FastNetwork(nn.Module):
     """Encodes and decodes as the AutoencoderKLWan it is made of, and takes its place in a VideoVAE.
 
@@ -225,12 +214,11 @@ class FastNetwork(nn.Module):
         kind: how layers compute.
         dtype: of weights and of what travels between layers. Sums, norms and residual additions are float32 within a
             step; input, result and the layers that mix latent channels are float32.
-        tile: latent pixels of a tile's side, or None to compute whole pictures.
     """
 
-    def __init__(self, plain: nn.Module, kind: type[Stream], dtype: torch.dtype, tile: int | None = None):
+    def __init__(self, plain: nn.Module, kind: type[Stream], dtype: torch.dtype):
         super().__init__()
-        self.config, self.kind, self.compute_dtype, self.tile = plain.config, kind, dtype, tile
+        self.config, self.kind, self.compute_dtype = plain.config, kind, dtype
         self.encoder_local, self.encoder_whole = encoder_stages(plain.encoder, kind, dtype)
         self.decoder_whole, self.decoder_local = decoder_stages(plain.decoder, kind, dtype)
         for name in ("quant_conv", "post_quant_conv"):
@@ -243,71 +231,100 @@ class FastNetwork(nn.Module):
         """Of videos and latents, not of what is between."""
         return torch.float32
 
-    def encode(self, video: Tensor):
-        """B 3 T H W -> a posterior as diffusers gives it, over B C F h w in float32."""
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv_weight.device
 
-        with torch.cuda.device_of(video):  # kernels are launched on the current card
-            means = torch.stack([self._encode(one) for one in video])
-        return AutoencoderKLOutput(DiagonalGaussianDistribution(means))
+    def encode_means(self, video: Tensor, parts: VaeParts) -> Tensor:
+        """B 3 T H W, in main memory or on the device -> the posterior's means B C F h w, float32, on the device."""
+        with torch.cuda.device_of(self.quant_conv_weight):  # kernels are launched on the current card
+            means = [self._encode(one, parts).chunk(2)[0] for one in video]
+            return torch.stack(means)
 
-    def decode(self, latents: Tensor):
-        """B C F h w -> pixels as diffusers gives them, B 3 T H W in float32."""
-        from diffusers.models.autoencoders.vae import DecoderOutput
+    def decode_frames(self, latents: Tensor, parts: VaeParts, keep_frames: int | None = None) -> Tensor:
+        """B C F h w -> the last frames of the video, B 3 T H W in [-1, 1], float32, where `parts` says.
 
-        made = None
-        with torch.cuda.device_of(latents):
+        Args:
+            keep_frames: how many; None for all. The others are stored nowhere.
+        """
+        frames = frames_of(latents.shape[2])
+        kept = frames if keep_frames is None else min(frames, keep_frames)
+        canvas = Canvas(self._place(parts))
+        sides = (PIXELS * side for side in latents.shape[3:])
+        canvas.begin((len(latents), 3, kept, *sides), torch.float32)
+        with torch.cuda.device_of(self.quant_conv_weight):
             for i, one in enumerate(latents):
-                made = self._decode(one, made, i, len(latents))
-        return DecoderOutput(made)
+                self._decode(one, parts, canvas, i, frames - kept)
+        return canvas.finished()
 
-    def _tiles(self, height: int, width: int, reach: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-        for rows in tiles(height, self.tile, reach):
-            for columns in tiles(width, self.tile, reach):
-                yield rows, columns
+    def _place(self, parts: VaeParts) -> torch.device:
+        return MAIN_MEMORY if parts.is_apart else self.device
 
-    def _encode(self, video: Tensor) -> Tensor:
+    def _encode(self, video: Tensor, parts: VaeParts) -> Tensor:
         """3 T H W -> 2C F h w."""
+        features = self._local_features(video, parts)
+        spans = latent_steps(len(features), features.shape[1], features.shape[2] - self.kind.gap)
+        stream, mixed = self.kind(spans[0].stop), []
+        for span in spans:
+            stream.ends = span.stop == len(features)
+            x = self.encoder_whole(bring(features[span], self.device), stream)
+            mixed.append(self._mix_latents(self.kind.leave(x), "quant_conv"))
+        return torch.cat(mixed, 1)
+
+    def _local_features(self, video: Tensor, parts: VaeParts) -> Tensor:
+        """3 T H W -> F h w+G C, what the part of the encoder that may be tiled makes of it."""
         kind, (height, width) = self.kind, video.shape[2:]
         h, w = height // PIXELS, width // PIXELS
         frames = 1 + (video.shape[1] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
-        features = None
-        for rows, columns in self._tiles(h, w, ENCODER_REACH):
-            stream = kind()
+        features = Canvas(self._place(parts))
+        for rows, columns in picture_tiles(h, w, parts.tile, ENCODER_REACH):
+            stream, at = kind(min(frames, ENCODER_STEP)), 0
             part = video[:, :frames, in_pixels(rows[0], h, height), in_pixels(columns[0], w, width)]
-            at = 0
             for step in steps(frames, ENCODER_STEP):
-                x = self.encoder_local(kind.enter(part[:, step], self.compute_dtype), stream)
-                if features is None:
+                stream.ends = step.stop == frames
+                x = self.encoder_local(kind.enter(bring(part[:, step], self.device), self.compute_dtype), stream)
+                if features.is_new:
                     count = 1 + (frames - 1) // FRAMES_PER_LATENT
-                    features = x.new_zeros(count, h, w + kind.gap, x.shape[3])
-                features[at : at + len(x), rows[1], columns[1]] = x[:, inside(*rows), inside(*columns)]
-                at += len(x)
-        stream = kind()
-        whole = [kind.leave(self.encoder_whole(x, stream)) for x in features.split(LATENT_STEP)]
-        return self._mix_latents(torch.cat(whole, 1), "quant_conv")
+                    features.begin((count, h, w + kind.gap, x.shape[3]), x.dtype)
+                end = at + len(x)
+                features.put((slice(at, end), rows[1], columns[1]), x[:, inside(*rows), inside(*columns)])
+                at = end
+                del x
+        return features.finished()
 
-    def _decode(self, latents: Tensor, made: Tensor | None, index: int, count: int) -> Tensor:
-        """C F h w -> B 3 T H W, of which it fills one video."""
-        kind, (h, w) = self.kind, latents.shape[2:]
-        frames = 1 + (latents.shape[1] - 1) * FRAMES_PER_LATENT
-        stream = kind()
-        x = kind.enter(self._mix_latents(latents, "post_quant_conv"), self.compute_dtype)
-        features = torch.cat([self.decoder_whole(part, stream) for part in x.split(LATENT_STEP)])
-        for rows, columns in self._tiles(h, w, DECODER_REACH):
-            stream = kind()
-            at = 0
+    def _decode(self, latents: Tensor, parts: VaeParts, canvas: Canvas, index: int, dropped: int) -> None:
+        """C F h w -> the frames behind the first `dropped`, in place `index` of B 3 T H W."""
+        features = self._whole_features(latents, parts)
+        for rows, columns in picture_tiles(*latents.shape[2:], parts.tile, DECODER_REACH):
+            stream, at = self.kind(min(len(features), DECODER_STEP)), -dropped
             shown = tuple(slice(PIXELS * s.start, PIXELS * s.stop) for s in (inside(*rows), inside(*columns)))
             places = tuple(slice(PIXELS * s.start, PIXELS * s.stop) for s in (rows[1], columns[1]))
             for step in steps(len(features), DECODER_STEP):
-                pixels = self.decoder_local(kind.crop(features[step], rows[0], columns[0]), stream)
-                if made is None:
-                    made = pixels.new_empty(count, len(pixels), frames, PIXELS * h, PIXELS * w)
+                stream.ends = step.stop == len(features)
+                x = self.kind.crop(features[step], rows[0], columns[0])
+                pixels = self.decoder_local(bring(x, self.device), stream)
                 end = at + pixels.shape[1]
-                made[index, :, at:end, places[0], places[1]] = pixels[:, :, shown[0], shown[1]]
+                if end > 0:
+                    first = max(0, at)
+                    place = (index, slice(None), slice(first, end), *places)
+                    canvas.put(place, pixels[:, first - at :, shown[0], shown[1]])
                 at = end
-        return made
+                del x, pixels
+
+    def _whole_features(self, latents: Tensor, parts: VaeParts) -> Tensor:
+        """C F h w -> T h w+G C, what runs at latent size makes of them, at double time."""
+        spans = latent_steps(*latents.shape[1:])
+        stream, features, at = self.kind(spans[0].stop), Canvas(self._place(parts)), 0
+        for span in spans:
+            stream.ends = span.stop == latents.shape[1]
+            x = self._mix_latents(bring(latents[:, span], self.device), "post_quant_conv")
+            x = self.decoder_whole(self.kind.enter(x, self.compute_dtype), stream)
+            if features.is_new:
+                features.begin((2 * latents.shape[1] - 1, *x.shape[1:]), x.dtype)
+            features.put((slice(at, at + len(x)),), x)
+            at += len(x)
+            del x
+        return features.finished()
 
     def _mix_latents(self, x: Tensor, name: str) -> Tensor:
         """The convolution with one tap beside the latents, C F h w in float32."""
@@ -315,8 +332,15 @@ class FastNetwork(nn.Module):
         return torch.einsum("nc,cfhw->nfhw", weight, x.float()) + bias.view(-1, 1, 1, 1)
 
 
-PIXELS = 8
-"""Of a latent pixel's side."""
+Part = tuple[slice, slice]
+"""Latent pixels along a side: with what surrounds them, and alone."""
+
+
+def picture_tiles(height: int, width: int, tile: int | None, reach: int) -> Iterator[tuple[Part, Part]]:
+    """Rows and columns of each tile of a picture; see `tiles`."""
+    for rows in tiles(height, tile, reach):
+        for columns in tiles(width, tile, reach):
+            yield rows, columns
 
 
 def in_pixels(part: slice, length: int, pixels: int) -> slice:
@@ -342,21 +366,16 @@ def has_kernels(device: torch.device) -> bool:
     return kernels_work(device)
 
 
-def speed_up(vae: VideoVAE, device: torch.device, dtype: torch.dtype = torch.bfloat16, tile_px: int | None = None):
-    """Give a VAE with weights a network that encodes and decodes the same, faster.
+def speed_up(vae: VideoVAE, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Give a VAE with weights a network that encodes and decodes the same, faster, and in parts if its `parts` say so.
 
     Args:
         device: where it will compute; the network stays where it is.
         dtype: bfloat16, or float32 for the same structure in full precision.
-        tile_px: side of the tiles that pictures are computed in, a multiple of 8; None for whole pictures.
-    Raises:
-        ConfigError: if `tile_px` is none of those.
     """
-    if tile_px is not None and (tile_px < PIXELS or tile_px % PIXELS):
-        raise ConfigError(f"tile_px={tile_px} is not a multiple of {PIXELS}. Use such as 256, or None for no tiles.")
     plain = vae.network
     low = dtype in (torch.bfloat16, torch.float16)
     suits = all(size % 8 == 0 for size in (plain.config.base_dim, plain.config.z_dim))
     kind = KernelStream if low and suits and has_kernels(device) else LibraryStream
-    vae.network = FastNetwork(plain, kind, dtype, tile_px and tile_px // PIXELS)
+    vae.network = FastNetwork(plain, kind, dtype)
     log.info("VAE in %s, %s", dtype, "with kernels of its own" if kind is KernelStream else "with PyTorch's")

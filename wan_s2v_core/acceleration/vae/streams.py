@@ -7,6 +7,7 @@ cards with a tensor memory accelerator (Hopper and later).
 Frames travel as T H W+G C: channels last, and G columns of zeros at the end of each row.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,9 @@ class Convolution(nn.Module):
         plain: nn.Conv3d, or nn.Conv2d, whose weights are copied.
         norm: its WanRMS_norm, or None.
         mode: one of those in `packing`.
-        frames: how many its stream hands it at most; sharers: layers of its stream that see frames of its size.
+
+    `frames` is how many its stream hands it at most when it gets `step`; `sharers`: layers of its stream that see
+    frames of its size.
     """
 
     def __init__(self, plain: nn.Module, norm: nn.Module | None, kind: type["Stream"], dtype: torch.dtype, mode=FRAME):
@@ -39,7 +42,11 @@ class Convolution(nn.Module):
         self.packing, weight = kind.arrange(weight, mode)
         self.weight, self.bias = fixed(weight.to(dtype)), fixed(plain.bias.detach().float())
         self.gamma = None if norm is None else fixed(norm.gamma.detach().float().flatten())
-        self.frames = self.sharers = 1
+        self.frames = self.sharers = self.step = 1
+
+    def frames_of(self, most: int) -> int:
+        """Frames it is handed at most where its stream gets `most` at once, but never more than its step."""
+        return max(1, self.frames * min(most, self.step) // self.step)
 
 
 def fixed(value: Tensor) -> nn.Parameter:
@@ -51,13 +58,23 @@ def normalized(x: Tensor, gamma: Tensor) -> Tensor:
     return F.silu(F.normalize(x.float(), dim=-1) * (len(gamma) ** 0.5 * gamma)).to(x.dtype)
 
 
+def four_times(x: Tensor) -> Tensor:
+    """T H W C -> T 2H 2W C, every pixel four times."""
+    tall, wide = x.shape[1:3]
+    return x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(len(x), 2 * tall, 2 * wide, x.shape[3])
+
+
 class Stream:
     """What the two kinds share: the layout of frames. One object per video, or per part of its picture."""
 
     gap = 0
     """Columns of zeros at the end of each row."""
 
-    def __init__(self):
+    def __init__(self, most: int = 1_000_000):
+        """most: frames that are handed in at once, where that is less than the step its layers were made for."""
+        self.most = most
+        self.ends = False
+        """Whether no frames follow those that are handed in: then nothing is remembered."""
         self.begun: set[nn.Module] = set()
         """Layers whose first frame has passed."""
         self.pasts: dict[nn.Module, Any] = {}
@@ -72,7 +89,8 @@ class Stream:
     @classmethod
     def enter(cls, video: Tensor, dtype: torch.dtype) -> Tensor:
         """C T H W -> T H W+G C."""
-        return F.pad(video.permute(1, 2, 3, 0).to(dtype), (0, 0, 0, cls.gap)).contiguous()
+        frames = video.permute(1, 2, 3, 0).to(dtype)
+        return (F.pad(frames, (0, 0, 0, cls.gap)) if cls.gap else frames).contiguous()
 
     @classmethod
     def leave(cls, x: Tensor) -> Tensor:
@@ -84,14 +102,24 @@ class Stream:
         """A part of the picture, as frames of their own."""
         if (rows.start, rows.stop) == (0, x.shape[1]) and (columns.start, columns.stop) == (0, x.shape[2] - cls.gap):
             return x
-        return F.pad(x[:, rows, columns], (0, 0, 0, cls.gap)).contiguous()
+        part = x[:, rows, columns]
+        return (F.pad(part, (0, 0, 0, cls.gap)) if cls.gap else part).contiguous()
 
-    def remember(self, layer: nn.Module, x: Tensor, frames: int = PAST) -> Tensor:
-        """The frames with those before them, zeros at the beginning. Keeps the last for the next time."""
-        past = self.pasts.get(layer)
-        x = torch.cat([x.new_zeros(frames, *x.shape[1:]) if past is None else past, x])
-        self.pasts[layer] = x[-frames:].clone()
-        return x
+    def remember(self, layer: nn.Module, x: Tensor, frames: int = PAST, gamma: Tensor | None = None) -> Tensor:
+        """The frames, normalised if there is a gamma, with those before them, zeros at the beginning. Keeps the last
+        for the next time."""
+        past = self.pasts.pop(layer, None)
+        seen = x.new_empty(frames + len(x), *x.shape[1:])
+        seen[:frames] = 0 if past is None else past
+        del past
+        if gamma is None:
+            seen[frames:] = x
+        else:
+            for i, frame in enumerate(x, frames):  # one at a time: they are float32 on the way
+                seen[i] = normalized(frame, gamma)
+        if not self.ends:
+            self.pasts[layer] = seen[-frames:].clone()
+        return seen
 
     def mix(self, layer: Convolution, x: Tensor) -> Tensor:
         """One tap: the channels of each pixel. Columns of zeros get values, which the caller does not show."""
@@ -115,17 +143,25 @@ class LibraryStream(Stream):
 
     def convolve(self, layer: Convolution, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A causal convolution, after its norm and SiLU, plus `residual`, which may become the result."""
-        x = x if layer.gamma is None else normalized(x, layer.gamma)
-        y = self._apply(layer, self.remember(layer, x))
+        y = self._apply(layer, self.remember(layer, x, gamma=layer.gamma))
         return y if residual is None else y.add_(residual)
+
+    def _each(self, layer: Convolution, x: Tensor, resized: Callable[[Tensor], Tensor], stride: int) -> Tensor:
+        """A convolution within each frame, of what `resized` makes of it: one at a time, for those may be large."""
+        out = None
+        for i in range(len(x)):
+            y = self._apply(layer, resized(x[i : i + 1]), (1, stride, stride))
+            out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
+            out[i] = y[0]
+        return out
 
     def enlarge(self, layer: Convolution, x: Tensor) -> Tensor:
         """Every pixel four times, then a convolution within the frame."""
-        return self._apply(layer, x.repeat_interleave(2, 1).repeat_interleave(2, 2))
+        return self._each(layer, x, four_times, 1)
 
     def shrink(self, layer: Convolution, x: Tensor) -> Tensor:
         """A convolution at every second pixel, zeros right of and below the picture."""
-        return self._apply(layer, F.pad(x, (0, 0, 0, 1, 0, 1)), (1, 2, 2))
+        return self._each(layer, x, lambda frame: F.pad(frame, (0, 0, 0, 1, 0, 1)), 2)
 
     def double_time(self, layer: Convolution, x: Tensor) -> Tensor:
         """Two frames for each; N = 2 C."""
@@ -175,8 +211,8 @@ class KernelStream(Stream):
 
     gap = 1
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, most: int = 1_000_000):
+        super().__init__(most)
         self.pools: dict[tuple[int, ...], FramePool] = {}
 
     @classmethod
@@ -208,14 +244,16 @@ class KernelStream(Stream):
         seen = past + new
         out = x.new_empty(*x.shape[:3], len(bias), dtype=dtype) if residual is None else residual
         convolve(pool.frames, pool.table(seen), layer.weight, bias, layer.packing, out, residual)
-        self.pasts[layer] = seen[-PAST:]
-        pool.give_back(seen[:-PAST])
+        kept = () if self.ends else seen[-PAST:]
+        self.pasts[layer] = kept
+        pool.give_back(seen[: len(seen) - len(kept)])
         return out
 
     def _pool(self, layer: Convolution, x: Tensor) -> FramePool:
         size = tuple(x.shape[1:])
         if size not in self.pools:
-            self.pools[size] = FramePool(1 + PAST * layer.sharers + layer.frames, x)
+            remembered = 0 if self.ends else PAST * layer.sharers  # it begins with its end where one step is all
+            self.pools[size] = FramePool(1 + remembered + layer.frames_of(self.most), x)
         return self.pools[size]
 
     def convolve(self, layer: Convolution, x: Tensor, residual: Tensor | None = None) -> Tensor:
