@@ -6,6 +6,7 @@ from .accelerate import Speed
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
+from .memory import Memory
 from .sample import Sample, SamplingPreset
 from .timeline import add_route
 from .video import TalkingVideo
@@ -19,6 +20,7 @@ NODES = [
     LoadVAE,
     DemoInputs,
     Speed,
+    Memory,
     EncodeAudio,
     VoiceFromEncoder,
     EncodeText,

@@ -232,6 +232,10 @@ class MemoryLimits(JsonConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name}={value} must be 0 or more. Leave it out to let it be decided.")
+        if self.tile_px and self.tile_px % 8:
+            raise ConfigError(
+                f"tile_px={self.tile_px} is not a multiple of 8. Use such as 384, or 0 for whole pictures."
+            )
 
 
 @dataclass(frozen=True)
