@@ -361,6 +361,13 @@ def latent_of(latents: Tensor) -> dict[str, Tensor]:
     return {"samples": comfy.latent_formats.Wan21().process_out(latents.float().cpu())}
 
 
+def temp_folder() -> Path:
+    """ComfyUI's own, which it empties when it starts."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def clips_root() -> Path:
     return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
 

@@ -83,7 +83,8 @@ class EncodeAudio(io.ComfyNode):
             recording = recording.levelled()
         heard = recording.amplified(gain_db)  # by those who watch the video
         pipeline = S2VPipeline(bridge.ComfyNetworks(audio_encoder), bridge.check_interrupt)
-        return io.NodeOutput(replace(pipeline.encode_voice(recording), recording=heard))
+        voice = pipeline.encode_voice(recording, folder=bridge.temp_folder())
+        return io.NodeOutput(replace(voice, recording=heard))
 
 
 class VoiceFromEncoder(io.ComfyNode):

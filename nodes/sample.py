@@ -244,8 +244,8 @@ class Sample(io.ComfyNode):
             gate_dropout=moe_gate_dropout,
             gate_dropout_seed=seed if moe_gate_dropout else None,
         )
-        config, voice, text = find_part(model.recipe.path, DIT).config, conditioning.voice, conditioning.text
-        check_fit(config, text.shape[-1], voice.shape[2], voice.shape[1])
+        config, heard, text = find_part(model.recipe.path, DIT).config, conditioning.features, conditioning.text
+        check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
         if low_noise_model is not None:
             check_pair(config, find_part(low_noise_model.recipe.path, DIT).config)
         usable = choose_routing(config, routing, split_experts)

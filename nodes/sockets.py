@@ -9,11 +9,12 @@ from comfy_api.input import VideoInput
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
-from ..wan_s2v_core.conditioning.audio import resample_features
+from ..wan_s2v_core.conditioning.audio import resample_features, resampled_length
 from ..wan_s2v_core.conditioning.bundle import Voice
 from ..wan_s2v_core.conditioning.pose import frames_at
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.audio import Recording, check_recording
+from ..wan_s2v_core.io.scratch import scratch
 from ..wan_s2v_core.io.video import DrivingVideo
 from ..wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ
 
@@ -77,8 +78,11 @@ def voice_of(heard: Any, recording: Recording) -> Voice:
             f"audio_encoder_output was made from {seconds:.2f} s of sound, audio lasts {recording.seconds:.2f} s. "
             "Connect the same recording to both."
         )
-    states = torch.cat([layer[:1] for layer in layers])  # A T E
-    return Voice(recording, resample_features(states.float(), SPEECH_FEATURE_HZ).cpu())
+    frames, width = layers[0].shape[1:]
+    features = scratch((len(layers), resampled_length(frames, SPEECH_FEATURE_HZ), width))
+    for number, layer in enumerate(layers):
+        features[number] = resample_features(layer[:1].float(), SPEECH_FEATURE_HZ)[0]
+    return Voice(recording, features)
 
 
 def picture_of(image: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .acceleration.experts.noise import noise_experts
 from .acceleration.experts.router import set_routing, take_load
-from .conditioning.audio import FEATURE_HZ, resample_features
 from .conditioning.bundle import S2VConditioning, Voice
+from .conditioning.hearing import hear
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
@@ -39,11 +39,11 @@ from .memory.budget import (
 )
 from .memory.networks import CheckpointNetworks, Networks
 from .memory.vae_room import VaeWork
-from .model.audio_encoder import SPEECH_FEATURE_HZ
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
+from .model.long_speech import WINDOWS, Windows
 from .model.vae_parts import VaeParts
 from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
@@ -303,19 +303,21 @@ class S2VPipeline:
         )
 
     @torch.inference_mode()
-    def encode_voice(self, recording: Recording) -> Voice:
+    def encode_voice(self, recording: Recording, windows: Windows = WINDOWS, folder: Path | None = None) -> Voice:
         """What the audio encoder hears in a recording.
 
+        Args:
+            windows: how a long one is cut; shorter windows take less memory.
+            folder: for what is heard in a very long one; None for the system's temporary folder.
         Raises:
-            ConfigError: if no features can be computed from it.
+            ConfigError: if no features can be computed from it, or the disk has no room for those of a long one.
         """
         check_recording(recording)
 
-        def hear(encoder: nn.Module) -> Voice:
-            hidden = encoder.hidden_states(recording.speech())
-            return Voice(recording, resample_features(hidden, SPEECH_FEATURE_HZ, FEATURE_HZ).cpu())
-
-        return self.run(SPEECH_ENCODER, whole(voice_bytes(recording.seconds)), hear)
+        needed, samples = voice_bytes(recording.seconds, windows), recording.speech()
+        return self.run(
+            SPEECH_ENCODER, whole(needed), lambda encoder: Voice(recording, hear(encoder, samples, windows, folder))
+        )
 
     @torch.inference_mode()
     def generate(

@@ -130,7 +130,7 @@ def render(
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
     loading.attention(config)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)
-    voice = pipeline.encode_voice(recording)
+    voice = pipeline.encode_voice(recording, folder=target.absolute().parent)
     text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
     conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
     height, width = conditioning.size_px

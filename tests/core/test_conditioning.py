@@ -186,7 +186,7 @@ def test_the_pose_goes_on_from_clip_to_clip():
         video=video,
         recording=Recording(torch.zeros(1, 48000), 16000),
         reference=torch.zeros(1, 3, 1, 16, 16),
-        voice=torch.zeros(1),
+        features=torch.zeros(1, 1, 1),
         text=torch.zeros(1),
         negative_text=torch.zeros(1),
         pose=lambda start, frames: driving[start : start + frames],

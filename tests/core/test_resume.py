@@ -219,9 +219,9 @@ def test_a_voice_or_pose_that_changes_later(networks, tmp_path):
     assert Run(networks, posed, tmp_path / "posed", tmp_path / "first").first == 3
     Run(networks, posed, tmp_path / "alone")
     assert_same(tmp_path / "posed", tmp_path / "alone")
-    voice = first.voice.clone()
-    voice[..., 20:] += 1
-    spoken = replace(first, voice=voice)
+    features = first.features.clone()
+    features[:, 31:] += 1  # heard in the frame after second 1, the first of the second clip
+    spoken = replace(first, features=features)
     assert Run(networks, spoken, tmp_path / "spoken", tmp_path / "first", tmp_path / "posed").first == 2
 
 

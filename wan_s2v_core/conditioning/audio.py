@@ -16,9 +16,45 @@ FEATURE_HZ = 30
 
 def resample_features(hidden_states: Tensor, rate: int, target_rate: int = FEATURE_HZ) -> Tensor:
     """Linear interpolation over time, ends aligned. A T E at `rate` -> A T E at `target_rate`, at least one."""
-    frames = max(1, int(hidden_states.shape[1] / rate * target_rate))
+    frames = resampled_length(hidden_states.shape[1], rate, target_rate)
     x = F.interpolate(hidden_states.transpose(1, 2), size=frames, align_corners=True, mode="linear")
     return x.transpose(1, 2)
+
+
+def resampled_length(frames: int, rate: int, target_rate: int = FEATURE_HZ) -> int:
+    return max(1, int(frames / rate * target_rate))
+
+
+class Resampling:
+    """`resample_features` of a recording of `frames` frames, in stretches: equal but for the last bit.
+
+    Places and weights are in float32, as in torch's interpolation.
+    """
+
+    def __init__(self, frames: int, rate: int, target_rate: int = FEATURE_HZ):
+        count = resampled_length(frames, rate, target_rate)
+        scale = torch.tensor(float(frames - 1)) / torch.tensor(float(max(1, count - 1)))
+        places = torch.arange(count, dtype=torch.float32) * scale
+        self.frames, self.before = frames, places.long().clamp(max=frames - 1)
+        self.weight = (places - self.before).clamp(0, 1)
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+    def fill(self, features: Tensor, first: int, states: Tensor) -> None:
+        """Write the part of `features` that lies between two frames of a stretch.
+
+        Args:
+            features: T E at the target rate, of the whole recording.
+            first: frame of the recording that `states` begins with, the last one of the stretch before.
+            states: T E of one stretch.
+        """
+        last = first + len(states) - 1
+        start, stop = torch.searchsorted(self.before, torch.tensor([first, last])).tolist()
+        stop = len(self) if last == self.frames - 1 else stop
+        before = (self.before[start:stop] - first).to(states.device)
+        after, weight = (before + 1).clamp(max=len(states) - 1), self.weight[start:stop, None].to(states.device)
+        features[start:stop] = states[before] * (1 - weight) + states[after] * weight
 
 
 def clip_count(feature_frames: int, clip_frames: int, fps: float, rate: int = FEATURE_HZ) -> int:
@@ -37,16 +73,21 @@ def frame_indices(feature_frames: int, video_frames: int, fps: float, rate: int 
     return np.clip(np.round(times * rate).astype(np.int64), 0, feature_frames + padding - 1)
 
 
-def voice_per_frame(features: Tensor, frames: int, fps: float, lead: int) -> Tensor:
+def voice_per_frame(
+    features: Tensor, frames: int, fps: float, lead: int, first: int = 0, end: int | None = None
+) -> Tensor:
     """One embedding per frame that the clips make, silence before time 0 and past the end.
 
     Args:
         features: A T E at 30 Hz.
         frames: all frames that the clips make, the `lead` frames before time 0 included.
+        first, end: of these, the ones that are wanted; all by default.
     Returns:
-        1 A E T with T = frames.
+        1 A E T with T = end - first.
     """
-    return F.pad(audio_embeddings(features, 1, frames - lead, fps), (lead, 0))
+    end = frames if end is None else end
+    picked = frame_indices(features.shape[1], frames - lead, fps)[max(0, first - lead) : max(0, end - lead)]
+    return F.pad(embeddings_at(features, picked, [0]), (max(0, min(end, lead) - first), 0))
 
 
 def audio_embeddings(
@@ -60,10 +101,15 @@ def audio_embeddings(
     Returns:
         1 A E(2 neighbours + 1) T with T = clips * clip_frames; zeros past the end of the recording.
     """
-    frames = features.shape[1]
-    picked = torch.from_numpy(frame_indices(frames, clips * clip_frames, fps, rate)).to(features.device)
+    picked = frame_indices(features.shape[1], clips * clip_frames, fps, rate)
     spacing = int(rate / fps)
-    offsets = torch.arange(-neighbours, neighbours + 1, device=features.device) * spacing
-    windows = (picked[:, None] + offsets).clamp(0, frames - 1)  # T W
-    embeddings = features[:, windows].masked_fill((picked >= frames)[None, :, None, None], 0.0)  # A T W E
+    return embeddings_at(features, picked, [spacing * step for step in range(-neighbours, neighbours + 1)])
+
+
+def embeddings_at(features: Tensor, picked: np.ndarray, offsets: list[int]) -> Tensor:
+    """Features A T E at some places and at `offsets` from each: 1 A E(offsets) T; zeros for places past the end."""
+    frames, device = features.shape[1], features.device
+    places = torch.from_numpy(picked).to(device)
+    windows = (places[:, None] + torch.tensor(offsets, device=device)).clamp(0, frames - 1)  # T W
+    embeddings = features[:, windows].masked_fill((places >= frames)[None, :, None, None], 0.0)  # A T W E
     return embeddings.flatten(2).transpose(1, 2)[None]

@@ -36,7 +36,7 @@ class Voice:
 
     recording: Recording
     features: Tensor
-    """A T E at 30 Hz."""
+    """A T E at 30 Hz. That of a long recording lies in a file, see `io.scratch`: to be read in stretches."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class S2VConditioning:
     recording: Recording
     reference: Tensor
     """1 3 1 H W in [-1, 1]."""
-    voice: Tensor
-    """1 A E T, one embedding for every frame that the clips make."""
+    features: Tensor
+    """A T E at 30 Hz, what the audio encoder heard in the recording."""
     text: Tensor
     """1 L E."""
     negative_text: Tensor
@@ -69,9 +69,14 @@ class S2VConditioning:
     def voice_of(self, clip: int) -> tuple[Tensor, Tensor | None]:
         """What one clip hears, 1 A E T, and what was said before it where the clip is to hear that too."""
         first = sum(self.plan.clip_frames[:clip])
-        own = self.voice[..., first : first + self.plan.clip_frames[clip]]
-        hears_past = self.video.hears_past and first > 0
-        return own, self.voice[..., max(0, first - self.geometry.motion_frames) : first] if hears_past else None
+        own = self.voice_between(first, first + self.plan.clip_frames[clip])
+        if not self.video.hears_past or not first:
+            return own, None
+        return own, self.voice_between(max(0, first - self.geometry.motion_frames), first)
+
+    def voice_between(self, first: int, end: int) -> Tensor:
+        """1 A E T, one embedding for each of these frames that the clips make."""
+        return voice_per_frame(self.features, self.plan.total, self.video.fps, self.plan.lead, first, end)
 
     def pose_of(self, clip: int) -> Tensor | None:
         """The driving video of one clip, T H W 3 uint8; it goes on from clip to clip. None without one."""
@@ -129,7 +134,7 @@ def make_conditioning(
         video=video,
         recording=voice.recording,
         reference=fit_picture(picture, *size, video.fit),
-        voice=voice_per_frame(voice.features, plan.total, video.fps, plan.lead),
+        features=voice.features,
         text=text,
         negative_text=negative_text,
         pose=pose,

@@ -19,7 +19,7 @@ REMEDIES = {
     DIT: "Choose a smaller size, fewer frames per clip or precision float8",
     VAE: "Choose a smaller size or fewer frames per clip",
     TEXT_ENCODER: "Let the text encoder run on the CPU",
-    SPEECH_ENCODER: "Use a shorter part of the recording",
+    SPEECH_ENCODER: "Use a recording of less than a minute; of a longer one as much is heard at a time",
 }
 OUT_OF_MEMORY_WORDS = ("can't allocate memory", "out of memory", "cannot allocate memory")
 """What torch says where it has no class for it: of main memory, and of memory that is locked for a card."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan
 from ..errors import OutOfMemory
 from ..geometry import PIXELS_PER_LATENT
+from ..model.audio_encoder import SPEECH_FEATURE_HZ
+from ..model.long_speech import WINDOWS, Windows
 from ..model.vae_parts import VaeParts
 from .placement import Placement
 from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
@@ -37,11 +39,16 @@ def vae_bytes(work: VaeWork) -> int:
 
 VOICE_BYTES_PER_SECOND = 34_000_000
 """Of wav2vec large in float32: 23 MB in its first convolutions and 10 MB for all hidden states and a copy of them."""
+VOICE_BYTES_PER_KEY = 25_000
+"""Of wav2vec large in float32, for each frame that a window of a long recording attends to outside itself."""
 
 
-def voice_bytes(seconds: float) -> int:
-    """Peak memory of hearing a recording besides the audio encoder's weights."""
-    return round(VOICE_BYTES_PER_SECOND * seconds)
+def voice_bytes(seconds: float, windows: Windows = WINDOWS) -> int:
+    """Peak memory of hearing a recording besides the audio encoder's weights. Beyond a window it hardly grows."""
+    frames = SPEECH_FEATURE_HZ * seconds
+    at_once = VOICE_BYTES_PER_SECOND * min(frames, windows.window) / SPEECH_FEATURE_HZ
+    keys = VOICE_BYTES_PER_KEY * min(frames, windows.most_keys) if frames > windows.window else 0
+    return round(max(at_once, keys))
 
 
 TEXT_BYTES = 500_000_000

@@ -29,6 +29,32 @@ class SpeechEncoder(nn.Module):
         )
         self.network = Wav2Vec2Model(config).eval()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A and E of what is heard."""
+        return self.network.config.num_hidden_layers + 1, self.network.config.hidden_size
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Kernel and stride of each convolution over samples."""
+        return list(zip(self.network.config.conv_kernel, self.network.config.conv_stride, strict=True))
+
+    def frames_of(self, samples: int) -> int:
+        """Feature frames that so many samples give."""
+        for kernel, stride in self.steps:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+    def samples_of(self, frames: int) -> int:
+        """The fewest samples that give so many feature frames."""
+        for kernel, stride in reversed(self.steps):
+            frames = (frames - 1) * stride + kernel
+        return frames
+
+    def at_work(self, values: Tensor) -> Tensor:
+        """The same where and as the network computes."""
+        return values.to(self.network.device, self.network.dtype)
+
     def hidden_states(self, waveform: Tensor) -> Tensor:
         """All layers of one recording.
 
@@ -37,7 +63,7 @@ class SpeechEncoder(nn.Module):
         Returns:
             A T E in float32, T at about 50 Hz; A is the number of layers + 1.
         """
-        samples = normalize_waveform(waveform)[None].to(self.network.device, self.network.dtype)
+        samples = self.at_work(normalize_waveform(waveform)[None])
         out = self.network(samples, output_hidden_states=True)
         # Since transformers 5 the last entry lacks the encoder's final norm; last_hidden_state always has it.
         return torch.cat([*out.hidden_states[:-1], out.last_hidden_state]).float()
