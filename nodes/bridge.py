@@ -214,6 +214,7 @@ class ComfyNetworks:
         on_cpu: leave all of them in main memory.
         split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
         low_noise: a second DiT, for steps of low noise.
+        text_precision: of the text encoder, see `prepare.TEXT_PRECISIONS`.
     """
 
     def __init__(
@@ -224,6 +225,7 @@ class ComfyNetworks:
         on_cpu: bool = False,
         split_experts: int = 0,
         low_noise: Model | None = None,
+        text_precision: str = AUTO,
     ):
         self.models = {model.recipe.kind: model for model in models}
         if low_noise is not None:
@@ -231,7 +233,8 @@ class ComfyNetworks:
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
-        self.loading = replace(plan_loading(precision, card, split_experts, self.acceleration), device=self.device)
+        planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
+        self.loading = replace(planned, device=self.device)
         self.vae_way = self.loading.vae_way
         self.limits = self.models[DIT].limits if DIT in self.models else MemoryLimits()
         self.offload = offload

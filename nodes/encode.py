@@ -9,6 +9,7 @@ from ..wan_s2v_core.conditioning.bundle import Voice, make_conditioning
 from ..wan_s2v_core.config import CLIP_PLANS, DEFAULT_NEGATIVE_PROMPT, PICTURE_FITS, TIMINGS, VideoConfig, check_choice
 from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB
 from ..wan_s2v_core.pipeline import S2VPipeline
+from ..wan_s2v_core.prepare import AUTO, TEXT_PRECISIONS
 from . import bridge
 from .sockets import (
     S2VAudioEncoder,
@@ -138,6 +139,12 @@ class EncodeText(io.ComfyNode):
                     default=CARD,
                     tooltip="cpu leaves the 11 GB text encoder in main memory: slow, but takes no room on the card.",
                 ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(TEXT_PRECISIONS),
+                    default=AUTO,
+                    tooltip="float8-weights: 7.8 instead of 11.4 GB, lossy. auto: bfloat16, and float32 on a CPU.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -146,10 +153,10 @@ class EncodeText(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text_encoder, prompt, negative_prompt, device) -> io.NodeOutput:
+    def execute(cls, text_encoder, prompt, negative_prompt, device, precision=AUTO) -> io.NodeOutput:
         check_link("text_encoder", text_encoder, bridge.Model)
         check_choice("device", device, TEXT_DEVICES)
-        networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY)
+        networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY, text_precision=precision)
         texts = S2VPipeline(networks, bridge.check_interrupt).encode_prompts(prompt, negative_prompt)
         return io.NodeOutput(*([[embeddings, {}]] for embeddings in texts))
 

@@ -81,6 +81,7 @@ def run_generate(options: argparse.Namespace) -> int:
         precision=options.precision or ("bfloat16" if options.convert_model_dtype else "auto"),
         offload=options.offload_model,
         text_on_cpu=options.t5_cpu,
+        text_precision=options.t5_precision,
         keep_clips=options.keep_clips,
         split_experts=options.split_experts,
         noise_expert=options.noise_expert,
@@ -461,6 +462,11 @@ def add_memory(make: argparse.ArgumentParser) -> None:
     add("--vram_limit_gb", type=float, metavar="GB", help="as if the card had so much, such as 8 or 12")
     add("--resident_blocks", type=int, metavar="N", help="blocks of the DiT that stay on the card; others come and go")
     add("--slice_tokens", type=int, metavar="N", help="tokens that the DiT computes at once; 0: all")
+    add(
+        "--t5_precision",
+        default=AUTO,
+        help="float8-weights: 7.8 instead of 11.4 GB for the text encoder, lossy (default %(default)s)",
+    )
     add("--vae_tile", type=int, metavar="PX", help="side of the VAE's tiles, a multiple of 8; 0: whole pictures")
     add(
         "--weights",

@@ -20,7 +20,7 @@ from .acceleration.experts.split import apply_split, load_split, plan_split, sav
 from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise
-from .acceleration.quantization import check_device, swap_linears
+from .acceleration.quantization import check_device, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
@@ -50,6 +50,10 @@ PRECISIONS = {
 }
 
 
+TEXT_PRECISIONS = (AUTO, "float8-weights")
+"""Of the text encoder; auto is the DiT's without 8 bits."""
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     """How the networks of a run are loaded: types, and what is changed before and after there are weights."""
@@ -61,6 +65,8 @@ class LoadPlan:
     """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
     acceleration: AccelerationPlan = field(default_factory=AccelerationPlan)
     """How they are made faster. What concerns the DiT is attached by `accelerate`, when it is used."""
+    text_in_8_bits: bool = False
+    """Whether the text encoder has float8 weights."""
 
     @property
     def has_fast_vae(self) -> bool:
@@ -91,6 +97,8 @@ class LoadPlan:
     def concerning(self, kind: str, path: str | Path) -> tuple:
         """What of this plan makes another network of that kind, loaded from `path`."""
         general = self.dtype(kind), self.device
+        if kind == TEXT_ENCODER:
+            return *general, self.text_in_8_bits
         if kind == VAE:
             return *general, self.has_fast_vae
         if kind != DIT:
@@ -104,6 +112,8 @@ class LoadPlan:
     def _prepare(self, kind: str, network: nn.Module) -> None:
         if kind == DIT and self.precision.linears:
             swap_linears(network, self.precision.linears)
+        if kind == TEXT_ENCODER and self.text_in_8_bits:
+            swap_text_linears(network)
         if kind == VAE and self.device.type == "cpu":
             flatten_convolutions(network)
             swap_channel_norms(network)
@@ -261,20 +271,24 @@ def plan_loading(
     device: torch.device,
     split_experts: int = 0,
     acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
+    text_precision: str = AUTO,
 ) -> LoadPlan:
     """The plan for a precision of that name; auto is bfloat16, and float32 on a CPU.
 
+    Args:
+        text_precision: of the text encoder, auto or float8-weights.
     Raises:
         ConfigError: if there is none of that name.
         BackendUnavailable: if the device cannot compute in it.
     """
     check_choice("precision", precision, (AUTO, *PRECISIONS))
+    check_choice("text_precision", text_precision, TEXT_PRECISIONS)
     if precision == AUTO:
         precision = "float32" if device.type == "cpu" else "bfloat16"
     chosen = PRECISIONS[precision]
     if chosen.linears:
         check_device(chosen.linears, device)
-    return LoadPlan(chosen, device, split_experts, acceleration)
+    return LoadPlan(chosen, device, split_experts, acceleration, text_precision != AUTO)
 
 
 def choose_routing(config: S2VModelConfig, routing: ExpertRouting, split_experts: int) -> ExpertRouting | None:

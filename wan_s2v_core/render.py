@@ -28,7 +28,7 @@ from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .model.checkpoint import DIT
 from .model.loading import find_part
 from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, choose_routing, plan_loading
+from .prepare import AUTO, LoadPlan, choose_routing, plan_loading
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class RenderRequest(JsonConfig):
     precision: str = AUTO
     offload: bool = True
     text_on_cpu: bool = False
+    text_precision: str = AUTO
     keep_clips: bool = False
     split_experts: int = 0
     """Into so many experts the feed-forwards of a dense model are split."""
@@ -64,7 +65,12 @@ class RenderRequest(JsonConfig):
     """File or folder of a second DiT, which serves where the noise is below the boundary of the sampling."""
 
     def __post_init__(self):
-        plan_loading(self.precision, usable_device(self.device), self.split_experts)
+        self.loading(AccelerationPlan())
+
+    def loading(self, acceleration: AccelerationPlan) -> LoadPlan:
+        """How its networks are loaded."""
+        device = usable_device(self.device)
+        return plan_loading(self.precision, device, self.split_experts, acceleration, self.text_precision)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def render(
     picture = read_picture(request.image)
     pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
 
-    loading = plan_loading(request.precision, usable_device(request.device), request.split_experts, acceleration)
+    loading = request.loading(acceleration)
     text_device = "cpu" if request.text_on_cpu else None
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config

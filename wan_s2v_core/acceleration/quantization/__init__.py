@@ -1,4 +1,4 @@
-"""8-bit weights for the products of the DiT's blocks, and products that are computed in 8 bits.
+"""8-bit weights for the products of the DiT's blocks and of umT5, and products that are computed in 8 bits.
 
 `swap` says which layers, `fp8` and `int8` say how. Swap the layers while the network is on the meta device, and loading
 turns each tensor into 8 bits as it is read; the whole model in bfloat16 never has to fit.
@@ -7,7 +7,7 @@ turns each tensor into 8 bits as it is read; the whole model in bfloat16 never h
 from .fp8 import FLOAT8, Float8Linear, Float8Product
 from .int8 import Int8Product
 from .linear8 import Linear8
-from .swap import LINEARS, check_device, swap_linears
+from .swap import LINEARS, check_device, swap_linears, swap_text_linears
 
 __all__ = [
     "FLOAT8",
@@ -18,4 +18,5 @@ __all__ = [
     "Linear8",
     "check_device",
     "swap_linears",
+    "swap_text_linears",
 ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import BackendUnavailable
 from ...model.dit import S2VTransformer
+from ...model.text_encoder import TextEncoder
 from .fp8 import Float8Linear, Float8Product
 from .int8 import Int8Product
 from .linear8 import Linear8, Product8
@@ -98,6 +99,20 @@ def swap_linears(model: S2VTransformer, linears: str = "float8-weights") -> None
             misfits,
             Product8.SIZE_STEP,
         )
+
+
+KEPT_IN_TEXT = "wo"
+"""Of umT5: the feed-forward's second product, which transformers keeps apart because of its outliers, and casts its input
+to the type of its weight."""
+
+
+def swap_text_linears(encoder: TextEncoder) -> None:
+    """Give the products of umT5's layers float8 weights, in place, on the meta device or with its weights: 11.4 GB
+    become 7.8."""
+    for layer in encoder.layers:
+        for name, linear in list(layer.named_modules()):
+            if type(linear) is nn.Linear and not name.endswith(KEPT_IN_TEXT):
+                layer.set_submodule(name, Float8Linear(linear))
 
 
 def is_product(kind: type[nn.Module]) -> bool:
