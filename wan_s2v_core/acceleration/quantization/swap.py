@@ -102,8 +102,8 @@ def swap_linears(model: S2VTransformer, linears: str = "float8-weights") -> None
 
 
 KEPT_IN_TEXT = "wo"
-"""Of umT5: the feed-forward's second product, which transformers keeps apart because of its outliers, and casts its input
-to the type of its weight."""
+"""Of umT5: the feed-forward's second product. transformers keeps it apart because of its outliers, and casts what
+enters it to the type of its weight."""
 
 
 def swap_text_linears(encoder: TextEncoder) -> None:

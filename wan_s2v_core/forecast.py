@@ -1,0 +1,88 @@
+"""What each stage of a run will take, before it: the plans that the stages would make now."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .config import SamplingConfig
+from .errors import WanS2VError
+from .geometry import ClipGeometry, frames_of
+from .memory.attempts import Attempts
+from .memory.budget import TEXT_BYTES, Choose, vae_plan, voice_bytes, whole
+from .memory.networks import Networks
+from .memory.vae_room import VaeWork
+from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from .pipeline import ClipFacts, sampling_plan
+from .sampling.guidance import needed_branches
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What of a video decides how much memory its stages take."""
+
+    height_px: int
+    width_px: int
+    seconds: float
+    """Of the recording."""
+    geometry: ClipGeometry
+    sampling: SamplingConfig
+    has_pose: bool = False
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage; `error` says why there is no room for it, in which case there are no bytes."""
+
+    stage: str
+    line: str
+    peak_bytes: int | None
+    """On the device, weights included; None where that is main memory."""
+    room_bytes: int | None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.error or self.line}"
+
+
+def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose]]:
+    """Name, network and plans of each stage; those that a run has no network for are left out."""
+    geometry, limits = job.geometry, networks.limits
+    size = job.height_px, job.width_px
+    shown = frames_of(geometry.motion_latent_frames + geometry.latent_frames)
+    past = VaeWork(*size, geometry.motion_frames, decodes=False)
+    clip = VaeWork(*size, shown, decodes=True, keep_frames=geometry.clip_frames)
+    facts = ClipFacts(
+        latent_frames=geometry.latent_frames,
+        size_px=size,
+        motion_latent_frames=geometry.motion_latent_frames,
+        has_pose=job.has_pose,
+        branches=len(needed_branches(job.sampling)),
+    )
+    yield "voice", SPEECH_ENCODER, whole(voice_bytes(job.seconds))
+    yield "text", TEXT_ENCODER, whole(TEXT_BYTES)
+    yield "VAE encode", VAE, vae_plan(past, networks.vae_way, limits)
+    yield "sampling", DIT, sampling_plan(facts, networks)
+    yield "VAE decode", VAE, vae_plan(clip, networks.vae_way, limits)
+
+
+def forecast(networks: Networks, job: JobFacts) -> list[StageForecast]:
+    """The stages of a run with these networks, as they would be planned now. Nothing is loaded."""
+    found = []
+    for name, kind, choose in stages(networks, job):
+        if kind in networks.names:
+            found.append(forecast_stage(networks, name, kind, choose))
+    return found
+
+
+def forecast_stage(networks: Networks, name: str, kind: str, choose: Choose) -> StageForecast:
+    room = networks.room(kind).device_bytes
+    try:
+        attempts = Attempts(networks, kind, choose)
+    except WanS2VError as error:
+        return StageForecast(name, "", None, room, str(error))
+    if room is None:
+        return StageForecast(name, "in main memory, at full speed", None, None)
+    return StageForecast(name, attempts.planned.line(attempts.sizes), attempts.planned.bytes, room)
