@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.config import DEMO, AccelerationPlan, MemoryLimits, ModelRecipe
+from ..wan_s2v_core.config import DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
@@ -33,7 +33,7 @@ from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
 from ..wan_s2v_core.memory.placement import Placement
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..wan_s2v_core.model.loading import files_of
+from ..wan_s2v_core.model.loading import files_of, find_part
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
@@ -235,7 +235,6 @@ class ComfyNetworks:
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
         planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
         self.loading = replace(planned, device=self.device)
-        self.vae_way = self.loading.vae_way
         self.limits = self.models[DIT].limits if DIT in self.models else MemoryLimits()
         self.offload = offload
 
@@ -268,6 +267,13 @@ class ComfyNetworks:
         if self.device.type == "cuda":
             return room_on(self.device, self.limits, returnable)
         return Room(manager.get_free_memory(self.device) + returnable, free_ram_bytes(), self.limits.weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.models)
+
+    def dit_config(self) -> S2VModelConfig:
+        return find_part(self.models[DIT].recipe.path, DIT).config
 
     def sizes(self, name: str) -> Sizes:
         model = self.models[name]

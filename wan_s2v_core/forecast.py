@@ -12,7 +12,7 @@ from .memory.budget import TEXT_BYTES, Choose, vae_plan, voice_bytes, whole
 from .memory.networks import Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from .pipeline import ClipFacts, sampling_plan
+from .pipeline import clip_shape, sampling_plan
 from .sampling.guidance import needed_branches
 
 
@@ -54,18 +54,15 @@ def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose
     shown = frames_of(geometry.motion_latent_frames + geometry.latent_frames)
     past = VaeWork(*size, geometry.motion_frames, decodes=False)
     clip = VaeWork(*size, shown, decodes=True, keep_frames=geometry.clip_frames)
-    facts = ClipFacts(
-        latent_frames=geometry.latent_frames,
-        size_px=size,
-        motion_latent_frames=geometry.motion_latent_frames,
-        has_pose=job.has_pose,
-        branches=len(needed_branches(job.sampling)),
-    )
     yield "voice", SPEECH_ENCODER, whole(voice_bytes(job.seconds))
     yield "text", TEXT_ENCODER, whole(TEXT_BYTES)
-    yield "VAE encode", VAE, vae_plan(past, networks.vae_way, limits)
-    yield "sampling", DIT, sampling_plan(facts, networks)
-    yield "VAE decode", VAE, vae_plan(clip, networks.vae_way, limits)
+    yield "VAE encode", VAE, vae_plan(past, networks.loading.vae_way, limits)
+    if DIT in networks.names:
+        shape = clip_shape(
+            networks.dit_config(), size, geometry.latent_frames, geometry.motion_latent_frames, job.has_pose
+        )
+        yield "sampling", DIT, sampling_plan(networks, shape, len(needed_branches(job.sampling)))
+    yield "VAE decode", VAE, vae_plan(clip, networks.loading.vae_way, limits)
 
 
 def forecast(networks: Networks, job: JobFacts) -> list[StageForecast]:

@@ -24,6 +24,20 @@ MOTION_BUCKETS = (1, 2, 16)
 PACKED_MOTION_LATENTS = sum(MOTION_BUCKETS)
 
 
+def motion_tokens(height: int, width: int, motion_latents: int, packs_motion: bool = True) -> int:
+    """Tokens of the past of a clip, of latent size height x width; 0 without one."""
+    if not motion_latents:
+        return 0
+    if not packs_motion:
+        return motion_latents * (height // PATCH) * (width // PATCH)
+    sides = [(latents >> level, PATCH << level) for level, latents in enumerate(MOTION_BUCKETS)]
+    return sum(steps * (height // side) * (width // side) for steps, side in sides)
+
+
+TILE = 128
+"""Tokens of a tile, of queries and of keys, in attention that chooses or rounds tile by tile."""
+
+
 def latent_frames_of(frames: int) -> int:
     """Latent frames that hold `frames` video frames, the last one perhaps not filled."""
     return (frames + FRAMES_PER_LATENT - 1) // FRAMES_PER_LATENT
@@ -32,6 +46,28 @@ def latent_frames_of(frames: int) -> int:
 def frames_of(latent_frames: int) -> int:
     """Video frames that the VAE decodes from `latent_frames`."""
     return FRAMES_PER_LATENT * (latent_frames - 1) + 1
+
+
+def tiles_of(tokens: int) -> int:
+    """Tiles that hold `tokens` tokens, the last one perhaps not filled."""
+    return -(-tokens // TILE)
+
+
+def token_slices(tokens: int, at_most: int) -> list[tuple[int, int]]:
+    """Start and stop of parts of whole tiles, of at most so many tokens or one tile: as few and as equal as can be."""
+    if tokens <= at_most:
+        return [(0, tokens)] if tokens else []
+    tiles = tiles_of(tokens)
+    count = -(-tiles // max(1, at_most // TILE))
+    each = TILE * -(-tiles // count)
+    return [(start, min(start + each, tokens)) for start in range(0, tokens, each)]
+
+
+def frame_slices(frames: int, frame_tokens: int, at_most: int) -> list[tuple[int, int]]:
+    """First latent frame, and the one behind the last, of parts with at most so many tokens, or one latent frame."""
+    count = -(-frames // max(1, at_most // max(1, frame_tokens)))
+    each = -(-frames // max(1, count))
+    return [(first, min(first + each, frames)) for first in range(0, frames, each)] if frames else []
 
 
 @dataclass(frozen=True)

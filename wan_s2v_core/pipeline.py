@@ -19,20 +19,17 @@ from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, ConfigError
-from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of
+from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of, motion_tokens
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
+from .memory.activations import ClipShape
 from .memory.attempts import Attempts
 from .memory.budget import (
     TEXT_BYTES,
     WHOLE,
     Choose,
     Planned,
-    Room,
-    Sizes,
-    dit_candidates,
-    forward_bytes,
-    plan_stage,
+    dit_plan,
     vae_plan,
     voice_bytes,
     whole,
@@ -40,7 +37,7 @@ from .memory.budget import (
 from .memory.networks import CheckpointNetworks, Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from .model.dit import ClipInputs, S2VTransformer
+from .model.dit import ClipCondition, ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
@@ -48,7 +45,7 @@ from .model.vae_parts import VaeParts
 from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
-from .sampling.guidance import classifier_free_guidance, map_needed
+from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
 from .sampling.schedule import make_schedule
 from .seams import Denoiser
 
@@ -69,8 +66,11 @@ def branch_inputs(inputs: ClipInputs, negative_text: Tensor, branch: str) -> Cli
 def clip_denoiser(model: S2VTransformer, inputs: ClipInputs, negative_text: Tensor, config: SamplingConfig) -> Denoiser:
     """One clip's guided denoiser; everything that stays the same over its steps is embedded here, once."""
 
+    made: list[ClipCondition] = []  # each shares what it can with the one before
+
     def branch_denoiser(branch: str) -> Denoiser:
-        condition = model.condition(branch_inputs(inputs, negative_text, branch), branch)
+        condition = model.condition(branch_inputs(inputs, negative_text, branch), branch, made[-1] if made else None)
+        made[:] = [condition]
         return lambda latents, timestep: model(latents, timestep, condition)
 
     return classifier_free_guidance(map_needed(branch_denoiser, config), config)
@@ -103,15 +103,26 @@ def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: to
     return clip_noise(shape, config.seed, clip, device, config.noise)
 
 
-def sampling_plan(noise: Tensor, limits: MemoryLimits) -> Choose:
-    """How a clip can be denoised."""
-    frames, height, width = noise.shape[2:]
-    tokens = (frames + 2) * height * width // PATCH**2  # picture and motion add about two frames
+def clip_shape(
+    config: S2VModelConfig, size_px: tuple[int, int], latent_frames: int, motion_latents: int, has_pose: bool
+) -> ClipShape:
+    """The tokens of a clip.
 
-    def choose(room: Room, sizes: Sizes) -> Planned:
-        return plan_stage(dit_candidates(limits), lambda plan: forward_bytes(tokens), room, sizes)
+    Args:
+        size_px: height and width.
+        motion_latents: latent frames of the past, 0 without one.
+    """
+    height, width = (side // PIXELS_PER_LATENT for side in size_px)
+    rows, columns = height // PATCH, width // PATCH
+    past = motion_tokens(height, width, motion_latents, config.packs_motion)
+    return ClipShape((latent_frames, rows, columns), rows * columns + past, has_pose)
 
-    return choose
+
+def sampling_plan(networks: Networks, shape: ClipShape, branches: int) -> Choose:
+    """How a clip of that shape can be denoised, with so many guidance branches."""
+    config = networks.dit_config()
+    way = replace(networks.loading.forward_way(config), branches=branches)
+    return dit_plan(config, shape, way, networks.limits)
 
 
 def usable_device(name: str) -> torch.device:
@@ -381,13 +392,17 @@ class S2VPipeline:
 
         names = (DIT,) if config.noise_boundary is None else (DIT, LOW_NOISE_DIT)
         boundaries = () if config.noise_boundary is None else (config.noise_boundary,)
+        past = 0 if inputs.motion_latents is None else inputs.motion_latents.shape[2]
+        size = tuple(PIXELS_PER_LATENT * side for side in noise.shape[3:])
+        shape = clip_shape(self.networks.dit_config(), size, noise.shape[2], past, inputs.pose_latents is not None)
+        choose = sampling_plan(self.networks, shape, len(needed_branches(config)))
         serving: list[PlacedDenoiser] = []
         with ExitStack() as stack:
 
             def switch(number: int) -> None:
                 serving.clear()
                 stack.close()
-                attempts = Attempts(self.networks, names[number], sampling_plan(noise, self.networks.limits))
+                attempts = Attempts(self.networks, names[number], choose)
                 serving.append(stack.enter_context(PlacedDenoiser(partial(placed, names[number]), attempts)))
 
             each = [lambda *step: serving[0](*step)] * len(names)
@@ -428,4 +443,4 @@ class S2VPipeline:
 
     def coding_plan(self, work: VaeWork) -> Choose:
         """How the VAE can do its work."""
-        return vae_plan(work, self.networks.vae_way, self.networks.limits)
+        return vae_plan(work, self.networks.loading.vae_way, self.networks.limits)

@@ -17,12 +17,15 @@ from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
+from .acceleration.kernels import kernels_work
 from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise
-from .acceleration.quantization import check_device, swap_linears, swap_text_linears
+from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
+from .memory.activations import ForwardWay
+from .memory.slices import slice_tokens
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.dit import S2VTransformer
@@ -85,6 +88,18 @@ class LoadPlan:
             return KERNELS
         way = LIBRARY_16 if self.has_fast_vae else LIBRARY_32
         return replace(way, copies=bool(torch.version.hip))
+
+    def forward_way(self, config: S2VModelConfig) -> ForwardWay:
+        """How a forward of a DiT of that config computes."""
+        linears, plan = self.precision.linears, self.acceleration
+        is_fused = plan.fused and kernels_work(self.device)
+        return ForwardWay(
+            dtype_bytes=self.precision.dtype.itemsize,
+            fused=is_fused,
+            rows_in_8_bits=bool(linears) and is_product(LINEARS[linears]),
+            attention_bits=16 if self.attention(config).is_exact else 8,
+            sparse_keep=plan.sparse_keep,
+        )
 
     def attention(self, config: S2VModelConfig) -> Chosen:
         """The attention that a DiT of that config gets; see `choose_attention`."""
@@ -179,6 +194,7 @@ def accelerate(model: S2VTransformer, plan: AccelerationPlan, memory: OffloadPla
     part_pointwise(model)
     if plan.fused:
         fuse_pointwise(model)
+    slice_tokens(model, memory.slice_tokens)
     if memory.keeps_keys_values:
         keep_keys_values(model)
     else:

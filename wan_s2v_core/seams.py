@@ -5,7 +5,7 @@ Shape letters used everywhere: `B` batch, `C` channels, `T` video frames, `F` la
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,16 @@ class BlockContext:
         """Noisy tokens, and the rest. B L ... -> two views."""
         return tokens[:, : self.noisy_tokens], tokens[:, self.noisy_tokens :]
 
+    def part(self, start: int, stop: int) -> "BlockContext":
+        """The same for the tokens at hand from `start` to `stop` alone, which may be noisy ones, others or both."""
+        noisy = max(0, min(stop, self.noisy_tokens) - start)
+        return replace(
+            self,
+            rope=self.rope[start:stop],
+            noisy_tokens=noisy,
+            frame_index=self.frame_index[start : start + noisy],
+        )
+
 
 @dataclass(frozen=True)
 class Rows8:
@@ -72,7 +82,50 @@ class Rows8:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockContext], Tensor]
-"""(q, k, v: B L N D, context) -> B L N D, without a mask."""
+"""(q, k, v: B L N D, context) -> B L N D, without a mask.
+
+It may be called with the queries of some of the tokens; keys, values and context are those of all at hand. What is
+to be made of keys and values once for many slices of queries is a `PreparedAttend`.
+"""
+AttendQueries = Callable[[Tensor, int], Tensor]
+"""(q: B L N D, the number of its first token, which is a multiple of `geometry.TILE`) -> B L N D, what these queries
+find in keys and values that are known."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of all tokens at hand, each B L N D, made when they are asked for: whoever turns them into
+    something smaller is the only one to hold them. Each is asked for once, by itself or with the other."""
+
+    keys: Callable[[], Tensor]
+    values: Callable[[], Tensor]
+    both: Callable[[], tuple[Tensor, Tensor]]
+    """Faster than one after the other."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "KeysValues":
+        return cls(lambda: k, lambda: v, lambda: (k, v))
+
+
+@dataclass(frozen=True)
+class PreparedAttend:
+    """An `Attend` that makes something of keys and values first, such as 8-bit tiles, and can do so just once for
+    many slices of queries."""
+
+    prepare: Callable[[KeysValues, BlockContext], AttendQueries]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+        return self.prepare(KeysValues.of(k, v), context)(q, 0)
+
+
+def with_keys(attend: Attend, made: KeysValues, context: BlockContext) -> AttendQueries:
+    """`attend` for queries that come slice by slice."""
+    if isinstance(attend, PreparedAttend):
+        return attend.prepare(made, context)
+    k, v = made.both()
+    return lambda q, start: attend(q, k, v, context)
+
+
 Stack = Callable[[Tensor, BlockContext], Tensor]
 """(tokens: B L E, context) -> B L E.
 

@@ -1,6 +1,7 @@
 """The Triton kernels as Python on the CPU, against the plain steps. Run by test_pointwise.py in a process of its own,
 in which TRITON_INTERPRET is set before Triton is imported."""
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
+from live_bytes import LiveBytes
 from torch import nn
 from triton.runtime import interpreter
 
+from wan_s2v_core.acceleration.kernels import norm, rotary
 from wan_s2v_core.acceleration.kernels.rows8 import quantize
 from wan_s2v_core.acceleration.pointwise import STEPS_INTO_PRODUCTS, FusedPointwise, attach
 from wan_s2v_core.acceleration.rows8 import quantize_plain
+from wan_s2v_core.memory.activations import ClipShape, ForwardWay, activation_bytes
+from wan_s2v_core.memory.slices import slice_tokens
 from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.model.rope import rotary_table
 from wan_s2v_core.seams import BlockContext, Rows8
@@ -197,3 +202,36 @@ def test_8_bit_rows_go_where_they_are_taken(make_model, make_inputs):
     attach(model)
     error = (model(noise, moments, condition) - plain).norm() / plain.norm()
     assert 1e-4 < error < 0.05
+
+
+def without_circles(kernel):
+    """The interpreter leaves circles behind that hold what it was given; a card does not."""
+
+    def run(*given, **named):
+        out = kernel(*given, **named)
+        gc.collect()
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("size", [None, 128])
+def test_a_fused_forward_in_slices(size, make_model, make_inputs, monkeypatch):
+    """The plain result, from slices of the stream that kernels write in place; and what is held is predicted."""
+    for module, name in ((norm, "step"), (rotary, "norm_and_turn")):
+        monkeypatch.setattr(module, name, without_circles(getattr(module, name)))
+    config = replace(TINY, blocks=1, injected_blocks=(), text_tokens=8)
+    model, (inputs, noise) = make_model(config), make_inputs(config, frames=2 if size else 1, h=12, w=16, motion=0)
+    inputs = replace(inputs, pose_latents=None)
+    condition = model.condition(inputs)
+    plain = model(noise, 700.0, condition)
+    attach(model)
+    slice_tokens(model, size)
+    with LiveBytes() as live:
+        condition = model.condition(inputs)
+        live.peak = 0
+        fused = model(noise.clone(), 700.0, condition)
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
+    shape = ClipShape(condition.grid, condition.side_tokens.shape[1])
+    predicted = activation_bytes(config, shape, ForwardWay(size, 4, keeps_keys_values=False))
+    assert 0.9 < predicted / live.peak < 1.1

@@ -289,8 +289,8 @@ class Exhausted:
     def __init__(self, networks: CheckpointNetworks, kind: str, place: str, words: str):
         self.networks, self.kind, self.place, self.words = networks, kind, place, words
         self.device, self.acceleration = networks.device, networks.acceleration
-        self.limits, self.recover, self.vae_way = networks.limits, networks.recover, networks.vae_way
-        self.room, self.sizes = networks.room, networks.sizes
+        self.limits, self.recover, self.loading = networks.limits, networks.recover, networks.loading
+        self.room, self.sizes, self.dit_config = networks.room, networks.sizes, networks.dit_config
 
     def refuse(self, *_) -> None:
         raise (RuntimeError if "allocate memory" in self.words else torch.OutOfMemoryError)(self.words)

@@ -214,8 +214,8 @@ def test_every_cross_attention_hears_groups_or_all(no_gradients):
     """Groups by index, by runs, and one group for all are the same attention."""
     attention = CrossAttention(16, 2, 1e-6)
     x, others = torch.randn(2, 12, 16), torch.randn(2, 3, 4, 16)
-    by_runs = attention(x, others, Pointwise())
-    by_index = attention(x, others, Pointwise(), torch.arange(3).repeat_interleave(4))
+    by_runs = attention(x, attention.keys_values(others), Pointwise())
+    by_index = attention(x, attention.keys_values(others), Pointwise(), torch.arange(3).repeat_interleave(4))
     torch.testing.assert_close(by_index, by_runs, atol=1e-5, rtol=1e-5)
-    alone = attention(x[:, 4:8], others[:, 1], Pointwise())
+    alone = attention(x[:, 4:8], attention.keys_values(others[:, 1]), Pointwise())
     torch.testing.assert_close(by_runs[:, 4:8], alone, atol=1e-5, rtol=1e-5)

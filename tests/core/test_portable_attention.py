@@ -11,6 +11,7 @@ from conftest import ROOT
 from torch import Tensor
 
 from wan_s2v_core.acceleration.attention import reference
+from wan_s2v_core.geometry import TILE, tiles_of
 from wan_s2v_core.model.attention import scaled_dot_product
 
 EXACT = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -36,13 +37,13 @@ def random_lists(heads: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
 
     heads: of all batch entries together.
     """
-    tiles = reference.tiles_of(keys)
-    seen = torch.rand(heads, reference.tiles_of(queries), tiles) < 0.5
+    tiles = tiles_of(keys)
+    seen = torch.rand(heads, tiles_of(queries), tiles) < 0.5
     seen.scatter_(-1, torch.randint(tiles, (*seen.shape[:-1], 1)), True)
     seen[0, 0] = torch.arange(tiles) == torch.randint(tiles, ())
     counts = seen.sum(dim=-1)
     listed = torch.where(seen, torch.arange(tiles), 10**6).sort(dim=-1).values
-    assert keys > reference.TILE and counts.min() > 0
+    assert keys > TILE and counts.min() > 0
     return listed.int(), counts.int()
 
 

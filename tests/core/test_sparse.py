@@ -133,7 +133,8 @@ def test_planted_tiles_are_found():
 
     k = tokens_of(ways.expand(batch * heads, -1, -1))
     q = tokens_of(5 * ways[wanted])
-    listed, counts = list_by_scores(q, k, grid, share=0.2)  # 4 of 21: the first, the last, itself and one more
+    means = tile_means(k)
+    listed, counts = list_by_scores(q, means, grid, share=0.2)  # 4 of 21: the first, the last, itself and one more
     assert listed.shape == (batch * heads, grid.tiles, grid.tiles) and (counts == 4).all()
     for head in range(batch * heads):
         sets, _ = used(listed[head:], counts[head:])
@@ -242,7 +243,7 @@ def test_what_is_listed_is_seen(by, batch, make_model, make_inputs):
     grid = TileGrid(*context.grid, tokens=k.shape[1])
     assert grid.kept_tiles(0.3) < grid.tiles
     if by == SPARSE_BY_SCORES:
-        lists = list_by_scores(q, k, grid, 0.3)
+        lists = list_by_scores(q, tile_means(k), grid, 0.3)
     else:
         lists = list_by_distance(grid, 0.3, batch * TINY.heads, CPU)
     out = sparse_attend(sdpa, attend_listed, SparsePlan(0.3, by, 0), block=0)(q, k, v, context)
@@ -255,7 +256,7 @@ def test_all_of_it_is_dense(make_model, make_inputs):
     attend = sparse_attend(sdpa, attend_listed, SparsePlan(1.0, SPARSE_BY_SCORES, 0), block=0)
     assert torch.equal(attend(q, k, v, context), sdpa(q, k, v, context))
     grid = TileGrid(*context.grid, tokens=k.shape[1])
-    everything = attend_listed(q, k, v, *list_by_scores(q, k, grid, 1.0))
+    everything = attend_listed(q, k, v, *list_by_scores(q, tile_means(k), grid, 1.0))
     torch.testing.assert_close(everything, sdpa(q, k, v, context), atol=1e-5, rtol=1e-5)
 
 

@@ -7,13 +7,7 @@ counted: they are bound by memory, and below a thousandth of the rest.
 from dataclasses import dataclass
 
 from ..config import UNUSED, S2VModelConfig
-from ..geometry import (
-    FRAMES_PER_LATENT,
-    MOTION_BUCKETS,
-    PACKED_MOTION_LATENTS,
-    PATCH,
-    PIXELS_PER_LATENT,
-)
+from ..geometry import FRAMES_PER_LATENT, PACKED_MOTION_LATENTS, PATCH, PIXELS_PER_LATENT, motion_tokens
 
 
 @dataclass(frozen=True)
@@ -40,13 +34,7 @@ class ForwardShape:
         return self.latent_frames * (height // PATCH) * (width // PATCH)
 
     def motion_tokens(self, packs_motion: bool = True) -> int:
-        if not self.has_motion:
-            return 0
-        height, width = self.latent_size
-        if not packs_motion:
-            return self.motion_latents * (height // PATCH) * (width // PATCH)
-        sides = [(latents >> level, PATCH << level) for level, latents in enumerate(MOTION_BUCKETS)]
-        return sum(steps * (height // side) * (width // side) for steps, side in sides)
+        return motion_tokens(*self.latent_size, self.motion_latents if self.has_motion else 0, packs_motion)
 
     def tokens(self, packs_motion: bool = True) -> int:
         """All tokens of a forward: noisy ones, those of the picture, and motion."""
@@ -94,7 +82,7 @@ class ForwardFlop:
 
 
 def forward_flop(config: S2VModelConfig, shape: ForwardShape, kept: float = 1.0) -> ForwardFlop:
-    """Operations of one forward, what is embedded once per clip (`condition`) left out.
+    """Operations of one forward with a driving video, what is embedded once per clip (`condition`) left out.
 
     Args:
         kept: the share of self-attention that is computed, over all blocks.
@@ -110,6 +98,7 @@ def forward_flop(config: S2VModelConfig, shape: ForwardShape, kept: float = 1.0)
         injected += shape.latent_frames * 4 * e * e
     patch = PATCH * PATCH * config.latent_channels
     embeddings = noisy * 2 * patch * e + noisy * 2 * e * patch  # in, and the head out
+    embeddings += noisy * 2 * PATCH * PATCH * config.pose_channels * e
     embeddings += 2 * (2 * config.time_width * e + 2 * e * e + 2 * e * 6 * e)  # two moments: noisy and still tokens
     gates = blocks * tokens * 2 * e * config.num_experts
     dense = blocks * 4 * tokens**2 * e

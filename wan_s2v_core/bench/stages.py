@@ -39,7 +39,8 @@ class MeasuredNetworks:
     def __init__(self, networks: Networks, name: str = ""):
         self.networks, self.device, self.acceleration = networks, networks.device, networks.acceleration
         self.limits, self.room, self.sizes = networks.limits, networks.room, networks.sizes
-        self.recover, self.vae_way = networks.recover, networks.vae_way
+        self.recover, self.loading, self.names = networks.recover, networks.loading, networks.names
+        self.dit_config = networks.dit_config
         self.name, self.stages = name, []
 
     @contextmanager

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan
+from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan, S2VModelConfig
 from ..errors import OutOfMemory
 from ..geometry import PIXELS_PER_LATENT
 from ..model.audio_encoder import SPEECH_FEATURE_HZ
 from ..model.long_speech import WINDOWS, Windows
 from ..model.vae_parts import VaeParts
+from .activations import ClipShape, ForwardWay, activation_bytes
 from .placement import Placement
 from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
 
@@ -218,6 +219,20 @@ def dit_candidates(limits: MemoryLimits) -> Candidates:
         yield replace(least, keeps_seldom=False, slots=1)
 
     return candidates
+
+
+def dit_plan(config: S2VModelConfig, shape: ClipShape, way: ForwardWay, limits: MemoryLimits) -> Choose:
+    """Ways to sample a clip.
+
+    Args:
+        way: how a forward computes, but for what the plan decides.
+    """
+
+    def working(plan: OffloadPlan) -> int:
+        made = replace(way, slice_tokens=plan.slice_tokens, keeps_keys_values=plan.keeps_keys_values)
+        return activation_bytes(config, shape, made)
+
+    return lambda room, sizes: plan_stage(dit_candidates(limits), working, room, sizes)
 
 
 LARGE_TILE = 384

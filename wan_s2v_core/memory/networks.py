@@ -9,13 +9,30 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..config import AccelerationPlan, MemoryLimits
+from ..config import AccelerationPlan, MemoryLimits, S2VModelConfig
 from ..io.weights import Weights
-from ..model.checkpoint import TEXT_ENCODER, kind_of
+from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
 from ..model.loading import OnTensor, find_part, load, set_types
+from .activations import ForwardWay
 from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes, free_ram_bytes
 from .placement import Placement
 from .vae_room import VaeWay
+
+
+class Loading(Protocol):
+    """How networks are loaded; see `prepare.LoadPlan`."""
+
+    device: torch.device
+    acceleration: AccelerationPlan
+    vae_way: VaeWay | None
+
+    def forward_way(self, config: S2VModelConfig) -> ForwardWay: ...
+
+    def dtype(self, kind: str) -> torch.dtype: ...
+
+    def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
+
+    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None: ...
 
 
 class Networks(Protocol):
@@ -27,8 +44,13 @@ class Networks(Protocol):
     """How the DiT is made faster for sampling; None uses it as it is."""
     limits: MemoryLimits
     """What stages may use."""
-    vae_way: VaeWay | None
-    """How the VAE computes."""
+    loading: Loading
+    """How they are loaded and compute."""
+    names: tuple[str, ...]
+    """Which there are."""
+
+    def dit_config(self) -> S2VModelConfig:
+        """Of the DiT; a second one has the same."""
 
     def use(self, name: str, planned: Planned = WHOLE) -> AbstractContextManager[nn.Module]:
         """A network on its device for one stage, as planned. `name`: its kind, or LOW_NOISE_DIT."""
@@ -41,20 +63,6 @@ class Networks(Protocol):
 
     def sizes(self, name: str) -> Sizes:
         """Of a network, whether it is loaded or not."""
-
-
-class Loading(Protocol):
-    """How networks are loaded; see `prepare.LoadPlan`."""
-
-    device: torch.device
-    acceleration: AccelerationPlan
-    vae_way: VaeWay | None
-
-    def dtype(self, kind: str) -> torch.dtype: ...
-
-    def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
-
-    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None: ...
 
 
 def sizes_of(path: str | Path, kind: str, loading: Loading) -> Sizes:
@@ -104,12 +112,23 @@ class CheckpointNetworks:
         limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
     ):
         self.paths, self.loading, self.offload, self.limits = paths, loading, offload, limits
-        self.device, self.acceleration, self.vae_way = loading.device, loading.acceleration, loading.vae_way
+        self.device, self.acceleration = loading.device, loading.acceleration
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.placements: dict[str, Placement] = {}
         self.staying: dict[str, nn.Module] = {}
         """Networks that do not leave the device behind their stage."""
         self._sizes: dict[str, Sizes] = {}
+        self._dit_config: S2VModelConfig | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple({**self.paths, **self.loaded})
+
+    def dit_config(self) -> S2VModelConfig:
+        if self._dit_config is None:
+            dit = self.loaded.get(DIT)
+            self._dit_config = find_part(self.paths[DIT], DIT).config if dit is None else dit.config
+        return self._dit_config
 
     def put(self, name: str, network: nn.Module) -> None:
         """Use this network instead of the one in the file. It lies where it is to be between stages."""

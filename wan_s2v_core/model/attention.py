@@ -50,13 +50,27 @@ class SelfAttention(Attention):
 
     def forward(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:  # B L E
         # Nothing here holds queries, keys and values any longer than the attention itself needs them.
-        return self.out(self.attend(*self.queries_keys_values(x, context, step), context).flatten(2))
+        return self.out(self.attended(x, context, step).flatten(2))
 
-    def queries_keys_values(self, x: Activations, context: BlockContext, step: Pointwise) -> tuple[Tensor, ...]:
-        """B L E -> three of B L N D."""
-        q = step.heads_of(self.q(x), self.norm_q, self.heads, context.rope)
-        k = step.heads_of(self.k(x), self.norm_k, self.heads, context.rope)
-        return q, k, self.v(x).unflatten(-1, (self.heads, -1))
+    def attended(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+        """B L E -> B L N D."""
+        return self.attend(self.queries(x, context, step), *self.keys_values(x, context, step), context)
+
+    def queries(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+        """B L E -> B L N D."""
+        return step.heads_of(self.q(x), self.norm_q, self.heads, context.rope)
+
+    def keys_values(self, x: Activations, context: BlockContext, step: Pointwise) -> tuple[Tensor, Tensor]:
+        """B L E -> two of B L N D."""
+        return self.keys(x, context, step), self.values(x)
+
+    def keys(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+        """B L E -> B L N D."""
+        return step.heads_of(self.k(x), self.norm_k, self.heads, context.rope)
+
+    def values(self, x: Activations) -> Tensor:
+        """B L E -> B L N D."""
+        return self.v(x).unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(Attention):
@@ -67,20 +81,20 @@ class CrossAttention(Attention):
         k, v = self.norm_k(self.k(others)), self.v(others)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Activations, others: Tensor, step: Pointwise, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Activations, keys_values: tuple[Tensor, Tensor], step: Pointwise, seen: Tensor | None = None
+    ) -> Tensor:
         """What the tokens hear of the others.
 
         Args:
             x: B L E.
-            others: B L(others) E, which every token sees, or B G L(others) E, groups of them.
+            keys_values: of the others, each B L(others) N D, which every token sees, or B G L(others) N D, groups.
             seen: L, the group that each token sees. None where the tokens are as many equal runs as there are groups,
                 in order: each run then sees its own.
         Returns:
             B L E.
         """
-        q = step.heads_of(self.q(x), self.norm_q, self.heads)
-        k, v = self.keys_values(others)
-        return self.out(self.hear(q, k, v, seen).flatten(2))
+        return self.out(self.hear(step.heads_of(self.q(x), self.norm_q, self.heads), *keys_values, seen).flatten(2))
 
     @staticmethod
     def hear(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:

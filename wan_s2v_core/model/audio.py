@@ -1,5 +1,8 @@
 """The voice inside the DiT: a causal audio encoder, and the injection of its tokens after chosen blocks."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,11 +93,31 @@ class CausalAudioEncoder(nn.Module):
         return tokens[:, dropped:], None if vectors is None else vectors[:, dropped:]
 
 
+class Voice(NamedTuple):
+    """What an injector knows of the voice, for each latent frame."""
+
+    keys_values: tuple[Tensor, Tensor]
+    """Two of B F L(audio) N D."""
+    shift: Tensor | None
+    gain: Tensor | None
+    """Both B F E in float32; None in models without."""
+
+    def of_frames(self, first: int, stop: int) -> "Voice":
+        """With keys and values of some latent frames; the modulation is looked up by `context.frame_index`."""
+        k, v = self.keys_values
+        return self._replace(keys_values=(k[:, first:stop], v[:, first:stop]))
+
+
+RunInjector = Callable[["AudioInjector", Tensor, BlockContext], Tensor]
+"""(injector, x: B L E, context) -> B L E; outside of training it may write its result over x."""
+
+
 class AudioInjector(nn.Module):
     """Adds the voice to the noisy tokens: each one listens to the audio tokens of its own latent frame.
 
     Which frame that is comes from `context.frame_index`, so any part of a split sequence can be served alone. With all
-    of them at hand, latent frames go through the attention as a batch, which takes no mask.
+    of them at hand, latent frames go through the attention as a batch, which takes no mask. `run` is a seam, for all of
+    it in slices.
     """
 
     def __init__(self, config: S2VModelConfig):
@@ -104,15 +127,30 @@ class AudioInjector(nn.Module):
         if config.modulates_audio:
             self.modulation = nn.Linear(config.width, 2 * config.width)
         self.pointwise = Pointwise()
+        self.run: RunInjector = inject_whole
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:  # B L E, float32
-        step, frames = self.pointwise, context.audio_frames
-        shift, gain = (None, None) if frames is None else self.frame_modulation(frames)
-        normed = step.frame_norm(x, shift, gain, self.eps, context)
-        own_frame = None if context.has_all_frames else context.frame_index
-        return step.add_to_noisy(x, self.attention(normed, context.audio_tokens, step, own_frame), context)
+        return self.run(self, x, context)
 
-    def frame_modulation(self, audio_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and gain of each latent frame, from its vector B F E. Two of B F E in float32."""
+    def voice(self, context: BlockContext) -> Voice:
+        """What the tokens at hand listen to."""
+        return Voice(self.attention.keys_values(context.audio_tokens), *self.frame_modulation(context.audio_frames))
+
+    def frame_modulation(self, audio_frames: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Shift and gain of each latent frame, from its vector B F E. Two of B F E in float32, or none."""
+        if audio_frames is None:
+            return None, None
         shift, scale = self.modulation(F.silu(audio_frames)).float().chunk(2, dim=-1)
         return shift, 1 + scale
+
+    def inject(self, x: Tensor, voice: Voice, own_frame: Tensor | None, context: BlockContext) -> Tensor:
+        """Some of the tokens with the voice added to the noisy ones; `own_frame` as `seen` of `CrossAttention`."""
+        step = self.pointwise
+        normed = step.frame_norm(x, voice.shift, voice.gain, self.eps, context)
+        return step.add_to_noisy(x, self.attention(normed, voice.keys_values, step, own_frame), context)
+
+
+def inject_whole(injector: AudioInjector, x: Tensor, context: BlockContext) -> Tensor:
+    """The plain way at `AudioInjector.run`: all tokens at once."""
+    own_frame = None if context.has_all_frames else context.frame_index
+    return injector.inject(x, injector.voice(context), own_frame, context)

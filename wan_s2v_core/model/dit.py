@@ -4,6 +4,7 @@ What a clip is conditioned on does not change from step to step, so it is embedd
 only embeds the noisy latents. Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.0), rewritten from its description.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import UNUSED, S2VModelConfig
 from ..errors import ConfigError
-from ..geometry import PACKED_MOTION_LATENTS, PATCH
+from ..geometry import PACKED_MOTION_LATENTS, PATCH, frame_slices, token_slices
 from ..seams import BlockContext
 from .audio import AudioInjector, CausalAudioEncoder
 from .block import Block
@@ -48,12 +49,15 @@ class ClipInputs:
 
 @dataclass(frozen=True)
 class ClipCondition:
-    """Everything of a clip that is the same in every step, embedded. Made by `S2VTransformer.condition`."""
+    """Everything of a clip that is the same in every step, embedded. Made by `S2VTransformer.condition`.
 
+    But for the pose, which is as large as the noisy tokens: it is embedded anew in each step, as they are.
+    """
+
+    inputs: ClipInputs
+    """What it is made from."""
     grid: tuple[int, int, int]
     """Latent frames, token rows, token columns of the noisy latents."""
-    noisy_bias: Tensor
-    """B L E or B 1 E, float32: pose and segment embedding, added to the noisy tokens."""
     side_tokens: Tensor
     """B L E, float32: reference and motion tokens."""
     text: Tensor
@@ -97,21 +101,29 @@ class BlockStack(nn.Module):
 
 
 class Head(nn.Module):
-    """Noisy tokens to velocity patches, in float32."""
+    """Noisy tokens to velocity patches, in float32; `tokens_at_once` is a seam for slices, None is all of them."""
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
         self.out = nn.Linear(config.width, PATCH * PATCH * config.latent_channels)
+        self.tokens_at_once: int | None = None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B L E, B E -> B L 4C
         shift, scale = (self.modulation + time[:, None]).unbind(1)
-        return self.out(norm_rows(x, shift, scale, self.eps))
+        if self.tokens_at_once is None:
+            return self.out(norm_rows(x, shift, scale, self.eps))
+        parts = (x[:, start:stop] for start, stop in token_slices(x.shape[1], self.tokens_at_once))
+        return torch.cat([self.out(norm_rows(part, shift, scale, self.eps)) for part in parts], dim=1)
 
 
 class S2VTransformer(nn.Module):
-    """Wan2.2 S2V: the velocity of a clip's latents, given a picture, a voice, a prompt, a pose and the past."""
+    """Wan2.2 S2V: the velocity of a clip's latents, given a picture, a voice, a prompt, a pose and the past.
+
+    `tokens_at_once` is a seam for slices: how many noisy tokens are embedded at once, in whole latent frames; None is
+    all of them.
+    """
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
@@ -129,6 +141,7 @@ class S2VTransformer(nn.Module):
         self.audio_encoder = CausalAudioEncoder(config)
         self.stack = BlockStack(config)
         self.head = Head(config)
+        self.tokens_at_once: int | None = None
 
     FULL_PRECISION = ("segment_embedding", "time_", "audio_encoder", "head.", "modulation", "cross_norm", ".gate.")
     """Parameters that stay float32, as the reference computes them; injector modulations are products and do not."""
@@ -146,47 +159,63 @@ class S2VTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def condition(self, inputs: ClipInputs, branch: str = "cond") -> ClipCondition:
+    def condition(self, inputs: ClipInputs, branch: str = "cond", like: ClipCondition | None = None) -> ClipCondition:
         """Embed what stays the same over all steps of a clip.
 
+        Args:
+            like: of another guidance branch of this clip. What both are made from, which are the same tensors in
+                their inputs, is then embedded and held once.
         Raises:
             ConfigError: if sizes do not fit together.
         """
-        config, dtype = self.config, self.dtype
-        reference = self.patch_embedding(inputs.reference_latents.to(dtype)) + self.segment_embedding.weight[REFERENCE]
-        side_tokens, motion_latent_frames = [reference], 0
-        if inputs.motion_latents is not None:
-            embed_motion = self.motion_packer or self.patch_embedding
-            side_tokens.append(embed_motion(inputs.motion_latents.to(dtype)) + self.segment_embedding.weight[MOTION])
-            motion_latent_frames = PACKED_MOTION_LATENTS if self.motion_packer else inputs.motion_latents.shape[2]
         past = None if inputs.audio_past is None else inputs.audio_past.float()
         audio_tokens, audio_frames = self.audio_encoder.encode_clip(inputs.audio.float(), inputs.motion_frames, past)
-        _, rows, columns = token_grid(inputs.reference_latents)
-        grid = (audio_tokens.shape[1], rows, columns)
-        rope = rotary_table(config.head_width, *grid, motion_latent_frames, config.packs_motion)
+        grid = (audio_tokens.shape[1], *token_grid(inputs.reference_latents)[1:])
+        if inputs.pose_latents is not None and self.pose_embedding is not None:
+            check_pose(inputs.pose_latents, grid)
+        shares_text, shares_sides = (
+            like is not None and all(getattr(inputs, name) is getattr(like.inputs, name) for name in names)
+            for names in (("text",), ("reference_latents", "motion_latents"))
+        )
+        shares_places = shares_sides and grid == like.grid
         return ClipCondition(
+            inputs=inputs,
             grid=grid,
-            noisy_bias=self._noisy_bias(inputs.pose_latents, grid),
-            side_tokens=torch.cat(side_tokens, dim=1),
-            text=self._embed_text(inputs.text),
-            audio_tokens=audio_tokens.to(dtype),
-            audio_frames=None if audio_frames is None else audio_frames.to(dtype),
-            rope=rope.to(self.device),
-            frame_index=torch.arange(grid[0], device=self.device).repeat_interleave(rows * columns),
+            side_tokens=like.side_tokens if shares_sides else self._embed_sides(inputs),
+            text=like.text if shares_text else self._embed_text(inputs.text),
+            audio_tokens=audio_tokens.to(self.dtype),
+            audio_frames=None if audio_frames is None else audio_frames.to(self.dtype),
+            rope=like.rope if shares_places else self._rope(inputs, grid),
+            frame_index=like.frame_index if shares_places else self._frame_index(grid),
             branch=branch,
         )
 
-    def _noisy_bias(self, pose_latents: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+    def _embed_sides(self, inputs: ClipInputs) -> Tensor:
+        """Reference and motion tokens, B L E."""
+        segments, dtype = self.segment_embedding.weight, self.dtype
+        tokens = [self.patch_embedding(inputs.reference_latents.to(dtype)) + segments[REFERENCE]]
+        if inputs.motion_latents is not None:
+            embed_motion = self.motion_packer or self.patch_embedding
+            tokens.append(embed_motion(inputs.motion_latents.to(dtype)) + segments[MOTION])
+        return torch.cat(tokens, dim=1)
+
+    def _rope(self, inputs: ClipInputs, grid: tuple[int, int, int]) -> Tensor:
+        config, motion_latent_frames = self.config, 0
+        if inputs.motion_latents is not None:
+            motion_latent_frames = PACKED_MOTION_LATENTS if self.motion_packer else inputs.motion_latents.shape[2]
+        table = rotary_table(config.head_width, *grid, motion_latent_frames, config.packs_motion)
+        return table.to(self.device)
+
+    def _frame_index(self, grid: tuple[int, int, int]) -> Tensor:
+        return torch.arange(grid[0], device=self.device).repeat_interleave(grid[1] * grid[2])
+
+    def _noisy_bias(self, pose_latents: Tensor | None) -> Tensor:
+        """Segment and pose embedding of some latent frames, B L E or 1 1 E, which is added to the noisy tokens."""
         bias = self.segment_embedding.weight[NOISY].expand(1, 1, -1)
         if self.pose_embedding is None:
             return bias
         if pose_latents is None:  # zeros leave only the bias of the embedding
             return bias + self.pose_embedding.bias
-        if (tokens := token_grid(pose_latents)) != grid:
-            raise ConfigError(
-                f"the pose latents make {tokens} tokens (frames, rows, columns), the clip {grid}. "
-                "Encode a pose video of the clip's own length and size."
-            )
         return bias + self.pose_embedding(pose_latents.to(self.dtype))
 
     def _embed_text(self, text: Tensor) -> Tensor:
@@ -215,10 +244,9 @@ class S2VTransformer(nn.Module):
                 f"the latents make {tokens} tokens (frames, rows, columns), audio and reference picture of the clip "
                 f"{condition.grid}. Give all of them one size, and 4 video frames of audio for each latent frame."
             )
-        noisy = self.patch_embedding(latents.to(self.dtype)) + condition.noisy_bias
         context = BlockContext(
             rope=condition.rope,
-            noisy_tokens=noisy.shape[1],
+            noisy_tokens=math.prod(condition.grid),
             frame_index=condition.frame_index,
             modulation=modulation,
             text=condition.text,
@@ -229,7 +257,21 @@ class S2VTransformer(nn.Module):
             timestep=timestep,
             branch=condition.branch,
         )
-        return torch.cat([noisy, condition.side_tokens.expand(noisy.shape[0], -1, -1)], dim=1), context
+        return self._stream(latents, condition), context
+
+    def _stream(self, latents: Tensor, condition: ClipCondition) -> Tensor:
+        """All tokens, B L E, made in place: nothing as large is held beside them."""
+        sides, pose = condition.side_tokens, condition.inputs.pose_latents
+        frames, *sizes = condition.grid
+        frame_tokens = math.prod(sizes)
+        noisy = frames * frame_tokens
+        stream = sides.new_empty(len(latents), noisy + sides.shape[1], sides.shape[2])
+        stream[:, noisy:] = sides
+        for first, stop in frame_slices(frames, frame_tokens, self.tokens_at_once or noisy):
+            here = stream[:, first * frame_tokens : stop * frame_tokens]
+            here.copy_(self.patch_embedding(latents[:, :, first:stop].to(self.dtype)))
+            here += self._noisy_bias(None if pose is None else pose[:, :, first:stop])
+        return stream
 
     def forward(self, latents: Tensor, timestep: float | Tensor, condition: ClipCondition) -> Tensor:
         """The velocity. latents: B C F h w; timestep: 0..1000, as a float in inference -> B C F h w in float32."""
@@ -238,6 +280,15 @@ class S2VTransformer(nn.Module):
         tokens = self.stack(tokens, context)
         patches = self.head(context.segments(tokens)[0], time)
         return unpatchify(patches, condition.grid)
+
+
+def check_pose(pose_latents: Tensor, grid: tuple[int, int, int]) -> None:
+    """Raises ConfigError unless there is a token of the pose for each of the clip."""
+    if (tokens := token_grid(pose_latents)) != grid:
+        raise ConfigError(
+            f"the pose latents make {tokens} tokens (frames, rows, columns), the clip {grid}. "
+            "Encode a pose video of the clip's own length and size."
+        )
 
 
 def noisiest(timestep: float | Tensor) -> float:

@@ -151,6 +151,13 @@ class RoutedFeedForward(nn.Module):
             out += self.bias
         return out.to(x.dtype).view_as(x)
 
+    @property
+    def is_by_token(self) -> bool:
+        """Whether what becomes of a token depends on that token alone, so that they may come in parts."""
+        routing = self.routing
+        drops_tokens = routing.overflow == "drop" and routing.expert_capacity is not None
+        return not (drops_tokens or routing.gate_dropout or self.training)
+
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits -> whether each token sees each expert, and how much that counts (None: in full). Both L X."""
         top_k = (self.routing.top_k or self.top_k) - self.shared

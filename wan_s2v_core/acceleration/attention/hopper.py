@@ -7,7 +7,7 @@ Triton's cache, so that the next process does not compile them again.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from .reference import TILE, score_factor, tiles_of
+from ...geometry import TILE, tiles_of
+from ...seams import KeysValues
+from .reference import score_factor
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +182,31 @@ def is_aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(x.stride(axis) % 8 == 0 for axis in range(3))
 
 
-def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-    """Attention in 8 bits of bfloat16 or float32 values. B L N 128 -> B L N 128 in bfloat16. Lists as for attend16."""
+def prepare8(made: KeysValues) -> Callable[..., Tensor]:
+    """Attention in 8 bits to these keys, B L N 128 in bfloat16 or float32, of which tiles are kept and nothing else.
+
+    Returns:
+        A function of q: B L N 128, and of lists as for attend16, or none -> B L N 128 in bfloat16.
+    """
     from .tiles import key_tiles, query_tiles, value_tiles
 
-    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
-    with torch.cuda.device(q.device):
-        tiles = (*query_tiles(q), key_tiles(k), *value_tiles(v))
-    lengths = [np.int32(x.shape[1]) for x in (q, k)]
-    launch("attend8", out, [*tiles, out, listed, counts, *lengths])
-    return out
+    k = made.keys()
+    keys, device = k.shape[1], k.device
+    with torch.cuda.device(device):
+        k_tiles = key_tiles(k)
+        del k  # before there are values
+        tiles = (k_tiles, *value_tiles(made.values()))
+
+    def attend(q: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+        with torch.cuda.device(q.device):
+            own_tiles = query_tiles(q)
+        launch("attend8", out, [*own_tiles, *tiles, out, listed, counts, np.int32(q.shape[1]), np.int32(keys)])
+        return out
+
+    return attend
+
+
+def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """Attention in 8 bits of bfloat16 or float32 values. B L N 128 -> B L N 128 in bfloat16. Lists as for attend16."""
+    return prepare8(KeysValues.of(k, v))(q, listed, counts)

@@ -11,6 +11,7 @@ comes of it without a card: reference.emulate8.
 Techniques: FlashAttention-2 (arXiv 2307.08691), SageAttention (arXiv 2410.02367, 2411.10958). Written from the papers.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FAINTEST, PEAK, TILE, sampled_means, score_factor, tiles_of, value_scales
+from ...geometry import TILE, tiles_of
+from ...seams import KeysValues
+from .reference import FAINTEST, PEAK, sampled_means, score_factor, value_scales
 
 MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 """1.5 * 2^23 and its bits in float32. Added to the bits, an integer is added to the number: no conversion is needed."""
@@ -340,6 +343,45 @@ def contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def prepare8(
+    made: KeysValues, capability: tuple[int, int] | None = None, tiling: Tiling | None = None
+) -> Callable[..., Tensor]:
+    """Attention in 8 bits to these keys, of which 8-bit copies are kept and nothing else.
+
+    Args:
+        made: in bfloat16, float16 or float32, D from 16 to 128.
+        capability: of the cards whose kernel is run, from (8, 9) on with FP8; that of the tensors' card if not given.
+    Returns:
+        A function (q, listed, counts) -> B L N D, of the type of q and with lists as `attend8` has them.
+    """
+    k = made.keys()
+    keys, channels = k.shape[1], k.shape[-1]
+    assert NARROWEST <= channels <= WIDEST
+    capability = capability or capability_of(k.device)
+    value_type = value_type_of(capability)
+    tiling = tiling or best_config(capability, channels, 8)
+    width = padded_width(channels, 32)  # products of 8 bits are 32 deep
+    with torch.cuda.device_of(k):
+        k8 = int8_rows(contiguous_channels(k), width, sampled_means(k), 1.0, per_row=False)
+        del k  # before there are values
+        v8 = scaled_values(contiguous_channels(made.values()), width, value_type)
+
+    def attend(q: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        assert listed is None or (listed.is_contiguous() and counts.is_contiguous())
+        batch, queries, heads, _ = q.shape
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        with torch.cuda.device_of(q):
+            q8 = int8_rows(contiguous_channels(q), width, None, score_factor(channels), per_row=True)
+            attend8_kernel[(triton.cdiv(queries, tiling.BLOCK_M), batch * heads)](
+                *q8, *k8, *v8, out, *lists_or_not(listed, counts, q.device), queries, keys, heads, *strides(out),
+                D=channels, WIDTH=width, TILE=TILE, PEAK=PEAK[value_type], FLOAT8=value_type == torch.float8_e4m3fn,
+                HALF_SUMS=has_slow_float32_sums(capability), HAS_LIST=listed is not None, **asdict(tiling),
+            )  # fmt: skip
+        return out
+
+    return attend
+
+
 def attend8(
     q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None,
     capability: tuple[int, int] | None = None, tiling: Tiling | None = None,
@@ -350,27 +392,9 @@ def attend8(
         listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees; the last
             tile of all, which may be partly filled, comes last where it is seen.
         counts: B*N tiles(q), int32: how many of them, at least one.
-        capability: of the cards whose kernel is run, from (8, 9) on with FP8; that of the tensors' card if not given.
+        capability, tiling: as for `prepare8`.
     """
-    assert NARROWEST <= q.shape[-1] <= WIDEST
-    assert listed is None or (listed.is_contiguous() and counts.is_contiguous())
-    capability = capability or capability_of(q.device)
-    value_type = value_type_of(capability)
-    tiling = tiling or best_config(capability, q.shape[-1], 8)
-    q, k, v = (contiguous_channels(x) for x in (q, k, v))
-    batch, queries, heads, channels = q.shape
-    width = padded_width(channels, 32)  # products of 8 bits are 32 deep
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        q8 = int8_rows(q, width, None, score_factor(channels), per_row=True)
-        k8 = int8_rows(k, width, sampled_means(k), 1.0, per_row=False)
-        v8 = scaled_values(v, width, value_type)
-        attend8_kernel[(triton.cdiv(queries, tiling.BLOCK_M), batch * heads)](
-            *q8, *k8, *v8, out, *lists_or_not(listed, counts, q.device), queries, k.shape[1], heads, *strides(out),
-            D=channels, WIDTH=width, TILE=TILE, PEAK=PEAK[value_type], FLOAT8=value_type == torch.float8_e4m3fn,
-            HALF_SUMS=has_slow_float32_sums(capability), HAS_LIST=listed is not None, **asdict(tiling),
-        )  # fmt: skip
-    return out
+    return prepare8(KeysValues.of(k, v), capability, tiling)(q, listed, counts)
 
 
 def attend16(

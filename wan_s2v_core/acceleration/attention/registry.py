@@ -15,14 +15,19 @@ from torch import Tensor
 
 from ...config import check_choice
 from ...errors import BackendUnavailable
+from ...geometry import tiles_of
 from ...model.attention import scaled_dot_product, sdpa
-from ...seams import Attend, BlockContext
-from .reference import attend_listed, tiles_of
+from ...seams import Attend, AttendQueries, BlockContext, KeysValues, PreparedAttend
+from .reference import prepare_listed
 
 log = logging.getLogger(__name__)
 
 AttendListed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v: B L N D; listed: B*N tiles(q) tiles(k); counts: B*N tiles(q)) -> B L N D; see `hopper.attend16`."""
+"""(q, k, v: B L N D; listed: B*N tiles(q) tiles(k); counts: B*N tiles(q)) -> B L N D; see `hopper.attend16`.
+
+What it makes of keys and values once for many slices of queries is a `PreparedListed`."""
+MakeOfKeys = Callable[[KeysValues], Callable[..., Tensor]]
+"""Keys and values -> a function of q, and of lists of tiles where not all keys are seen."""
 
 AUTO, AUTO_8 = "auto", "auto8"
 SDPA, FLASH_4, HOPPER, SAGE = "sdpa", "flash4", "hopper", "sage"
@@ -36,6 +41,24 @@ TRIAL_SHAPE = (1, 300, 2)
 MISSING = "a package cannot be imported"
 FAILS, IS_OFF = "it fails here", "its result is off"
 """How reasons begin that are told without being asked: of what is broken, rather than missing."""
+
+
+@dataclass(frozen=True)
+class PreparedListed:
+    """An `AttendListed` that makes something of keys and values first; as `PreparedAttend`."""
+
+    prepare: MakeOfKeys
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, listed: Tensor, counts: Tensor) -> Tensor:
+        return self.prepare(KeysValues.of(k, v))(q, listed, counts)
+
+
+def listed_with_keys(attend: AttendListed, made: KeysValues) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`attend` for queries that come slice by slice, each with their lists."""
+    if isinstance(attend, PreparedListed):
+        return attend.prepare(made)
+    k, v = made.both()
+    return lambda q, listed, counts: attend(q, k, v, listed, counts)
 
 
 @dataclass(frozen=True)
@@ -92,8 +115,22 @@ def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Att
     return attend
 
 
+def with_8_bit_keys(prepare: MakeOfKeys) -> tuple[Attend, AttendListed]:
+    """Both ways to call a backend that makes 8-bit copies of keys and values; results are of the queries' type."""
+
+    def prepare_both(made: KeysValues) -> Callable[..., Tensor]:
+        attend = prepare(made)
+        return lambda q, *lists: attend(q, *lists).to(q.dtype)
+
+    def prepare_dense(made: KeysValues, context: BlockContext) -> AttendQueries:
+        attend = prepare_both(made)
+        return lambda q, start: attend(q)
+
+    return PreparedAttend(prepare_dense), PreparedListed(prepare_both)
+
+
 def load_sdpa(setting: Setting) -> tuple[Attend, AttendListed | None]:
-    return sdpa, attend_listed
+    return sdpa, PreparedListed(prepare_listed)
 
 
 def need_hopper(setting: Setting) -> None:
@@ -114,12 +151,9 @@ def load_hopper(setting: Setting) -> tuple[Attend, AttendListed | None]:
 
 def load_hopper8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_hopper(setting)
-    from .hopper import attend8
+    from .hopper import prepare8
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
-        return attend8(q, k, v, *lists).to(q.dtype)
-
-    return without_context(attend), attend
+    return with_8_bit_keys(prepare8)
 
 
 def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -134,12 +168,9 @@ def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_card(setting)
     need(setting.capability >= (8, 0), "it needs a card with fast int8 products (RTX 30, A100 or newer)")
     with needed("triton"):
-        from .portable import attend8
+        from .portable import prepare8
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
-        return attend8(q, k, v, *lists).to(q.dtype)
-
-    return without_context(attend), attend
+    return with_8_bit_keys(prepare8)
 
 
 def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import SPARSE_BY_DISTANCE
-from ...seams import Attend, BlockContext
-from .reference import TILE, tiles_of
-from .registry import AttendListed
+from ...geometry import TILE, tiles_of
+from ...seams import Attend, AttendQueries, BlockContext, KeysValues, PreparedAttend, with_keys
+from .registry import AttendListed, listed_with_keys
 
 CPU = torch.device("cpu")
 FRAMES_WEIGHT = 4.0
@@ -68,27 +68,35 @@ def tile_means(x: Tensor) -> Tensor:
     return means.transpose(1, 2)
 
 
-def list_best(scores: Tensor, grid: TileGrid, share: float) -> tuple[Tensor, Tensor]:
+def list_best(scores: Tensor, grid: TileGrid, share: float, first: int = 0) -> tuple[Tensor, Tensor]:
     """For each tile of queries the tiles of keys with the highest scores, after those that are always looked at.
 
     Args:
         scores: ... tiles(q) tiles(k); changed in place.
+        first: number of the first tile of queries, where they are a slice of all.
     Returns:
         listed ... tiles(q) tiles(k), of which the first are used, the last of these being the last tile of all, which
         may be partly filled; and counts ... tiles(q); int32.
     """
     tiles, kept = grid.tiles, grid.kept_tiles(share)
     scores.masked_fill_(always_kept(grid, scores.device), torch.inf)
-    scores.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    scores.diagonal(first, dim1=-2, dim2=-1).fill_(torch.inf)
     best = scores[..., : tiles - 1].topk(kept - 1, dim=-1, sorted=False).indices
     listed = F.pad(best.int(), (0, tiles - kept + 1), value=tiles - 1)
     return listed, torch.full(listed.shape[:-1], kept, dtype=torch.int32, device=scores.device)
 
 
-def list_by_scores(q: Tensor, k: Tensor, grid: TileGrid, share: float) -> tuple[Tensor, Tensor]:
-    """The choice by means of queries and keys. B L N D -> B*N tiles tiles, B*N tiles."""
-    scores = (tile_means(q) @ tile_means(k).transpose(-1, -2)).flatten(0, 1)
-    return list_best(scores, grid, share)
+def list_by_scores(q: Tensor, key_means: Tensor, grid: TileGrid, share: float, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The choice by means of queries and keys.
+
+    Args:
+        q: B L N D, all queries or those from the tile `first` on.
+        key_means: B N tiles D.
+    Returns:
+        B*N tiles(q) tiles, B*N tiles(q).
+    """
+    scores = (tile_means(q) @ key_means.transpose(-1, -2)).flatten(0, 1)
+    return list_best(scores, grid, share, first)
 
 
 @lru_cache(maxsize=4)
@@ -110,6 +118,12 @@ def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.dev
     listed, counts = list_best(-torch.cdist(middles, middles), grid, share)
     listed, counts = (x.to(device).expand(heads, *x.shape).contiguous() for x in (listed, counts))
     return listed, counts
+
+
+def part_by_distance(q: Tensor, grid: TileGrid, share: float, first: int) -> tuple[Tensor, ...]:
+    """The rows of `list_by_distance` for queries B L N D that begin with the tile `first`."""
+    lists = list_by_distance(grid, share, q.shape[0] * q.shape[2], q.device)
+    return tuple(x[:, first : first + tiles_of(q.shape[1])].contiguous() for x in lists)
 
 
 @lru_cache(maxsize=8)
@@ -145,7 +159,7 @@ class SparsePlan:
         """Timestep from which on attention is dense: the first steps of a clip. Set before a clip is sampled."""
 
 
-def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: int) -> Attend:
+def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: int) -> PreparedAttend:
     """Give the attention of one block part of the keys.
 
     Args:
@@ -153,19 +167,33 @@ def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: 
         block: its number.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
-        grid = TileGrid(*context.grid, tokens=k.shape[1])
-        if block < plan.dense_blocks or context.timestep >= plan.dense_from:
-            return dense(q, k, v, context)
-        if grid.kept_tiles(plan.share) == grid.tiles:
-            return dense(q, k, v, context)
+    def prepare(made: KeysValues, context: BlockContext) -> AttendQueries:
+        grid = TileGrid(*context.grid, tokens=len(context.rope))
+        is_dense = block < plan.dense_blocks or context.timestep >= plan.dense_from
+        if is_dense or grid.kept_tiles(plan.share) == grid.tiles:
+            return with_keys(dense, made, context)
         if plan.by == SPARSE_BY_DISTANCE:
-            lists = list_by_distance(grid, plan.share, q.shape[0] * q.shape[2], q.device)
-        else:
-            lists = list_by_scores(q, k, grid, plan.share)
-        return listed(q, k, v, *lists)
+            attend = listed_with_keys(listed, made)
+            return lambda q, start: attend(q, *part_by_distance(q, grid, plan.share, start // TILE))
+        means: list[Tensor] = []
+        attend = listed_with_keys(listed, averaged(made, means))
+        return lambda q, start: attend(q, *list_by_scores(q, *means, grid, plan.share, start // TILE))
 
-    return attend
+    return PreparedAttend(prepare)
+
+
+def averaged(made: KeysValues, means: list[Tensor]) -> KeysValues:
+    """The same; when keys are made, `means` gets the mean of each tile of them."""
+
+    def watched(k: Tensor) -> Tensor:
+        means.append(tile_means(k))
+        return k
+
+    def both() -> tuple[Tensor, Tensor]:
+        k, v = made.both()
+        return watched(k), v
+
+    return KeysValues(lambda: watched(made.keys()), made.values, both)
 
 
 class StripOrder(nn.Module):
@@ -185,5 +213,16 @@ class StripOrder(nn.Module):
 
     def forward(self, tokens: Tensor, context: BlockContext) -> Tensor:
         order = token_order(context.grid, tokens.shape[1], tokens.device)
-        out = self.stack(tokens[:, order], replace(context, rope=context.rope[order]))
-        return torch.empty_like(out).index_copy_(1, order, out)
+        inside = replace(context, rope=context.rope[order])
+        return in_order(self.stack(in_order(tokens, order, context.grid), inside), order.argsort(), context.grid)
+
+
+def in_order(tokens: Tensor, order: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """tokens[:, order], for an order within each latent frame; outside of training written over what is given, with a
+    copy of no more than one latent frame, since the stream is the largest tensor of a forward. B L E, L -> B L E."""
+    if torch.is_grad_enabled():
+        return tokens[:, order]
+    frames, rows, columns = grid
+    for frame in tokens[:, : frames * rows * columns].unflatten(1, (frames, -1)).unbind(1):
+        frame.copy_(frame[:, order[: rows * columns]])
+    return tokens

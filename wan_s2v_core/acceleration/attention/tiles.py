@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FAINTEST, LARGEST_VALUE, TILE, sampled_means, score_factor, tiles_of
+from ...geometry import TILE, tiles_of
+from .reference import FAINTEST, LARGEST_VALUE, sampled_means, score_factor
 
 KEY_TILE_BYTES = TILE * TILE + 16
 LARGEST_E4M3 = LARGEST_VALUE[torch.float8_e4m3fn]

@@ -7,7 +7,7 @@ turns each tensor into 8 bits as it is read; the whole model in bfloat16 never h
 from .fp8 import FLOAT8, Float8Linear, Float8Product
 from .int8 import Int8Product
 from .linear8 import Linear8
-from .swap import LINEARS, check_device, swap_linears, swap_text_linears
+from .swap import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 
 __all__ = [
     "FLOAT8",
@@ -17,6 +17,7 @@ __all__ = [
     "Int8Product",
     "Linear8",
     "check_device",
+    "is_product",
     "swap_linears",
     "swap_text_linears",
 ]

@@ -1,0 +1,155 @@
+"""Activations in slices of tokens: how much a forward of the DiT holds at its peak becomes a choice. Exact to rounding.
+
+A block first makes keys and values of all tokens, slice by slice; then each slice of the stream passes the whole block
+and is written back to where it was, which nobody reads any more. What is held: the stream, keys and values, and what
+one slice needs. The normed stream is computed twice, which is a pass over memory. Blocks, injectors, embedding and
+head are sliced alike; `activations.activation_bytes` says what comes of it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..geometry import TILE, frame_slices, token_slices
+from ..model.audio import AudioInjector, inject_whole
+from ..model.block import Block, run_whole
+from ..model.dit import S2VTransformer
+from ..model.experts import RoutedFeedForward
+from ..model.pointwise import Activations
+from ..seams import AttendQueries, BlockContext, KeysValues, with_keys
+
+log = logging.getLogger(__name__)
+
+Slices = list[tuple[int, int]]
+"""Start and stop of each."""
+
+
+def slice_tokens(model: S2VTransformer, tokens: int | None) -> None:
+    """Let a model compute at most so many tokens at once where tokens do not see each other; None: all of them.
+
+    Slices are whole tiles of 128 tokens, one at least: choices and scales that attention makes per tile stay what they
+    are. With gradients on, and for shorter sequences, everything is computed at once.
+    """
+    size = None if tokens is None else max(TILE, tokens)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.run = run_whole if size is None else partial(run_in_slices, size=size)
+        elif isinstance(module, AudioInjector):
+            module.run = inject_whole if size is None else partial(inject_in_slices, size=size)
+    model.tokens_at_once = model.head.tokens_at_once = size
+    log.info("activations: %s", "all tokens at once" if size is None else f"in slices of {size:,} tokens")
+
+
+def run_in_slices(block: Block, x: Tensor, context: BlockContext, size: int) -> Tensor:
+    """At `Block.run`: the result is written over x, B L E."""
+    slices = token_slices(x.shape[1], size)
+    if len(slices) < 2 or torch.is_grad_enabled():
+        return run_whole(block, x, context)
+    sliced = SlicedBlock(block, x, context, slices)
+    forward = block.feed_forward
+    if isinstance(forward, RoutedFeedForward) and not forward.is_by_token:
+        return block.feed(x, sliced.hear_all(), sliced.rows, context)
+    for start, stop in slices:
+        sliced.run(start, stop)
+    return x
+
+
+class SlicedBlock:
+    """One forward of a block, slice by slice. Keys and values of all tokens are made at once.
+
+    No method leaves a tensor of one slice behind for the next.
+    """
+
+    def __init__(self, block: Block, x: Tensor, context: BlockContext, slices: Slices):
+        self.block, self.x, self.context, self.slices = block, x, context, slices
+        self.rows = block.rows(context)
+        self.text = block.cross_attention.keys_values(context.text)
+        made = KeysValues(self._keys, self._values, self._both)
+        self.attend: AttendQueries = with_keys(block.attention.attend, made, context)
+
+    def _keys(self) -> Tensor:
+        return self._gathered(lambda *given: (self.block.attention.keys(*given),))[0]
+
+    def _values(self) -> Tensor:
+        return self._gathered(lambda normed, *_: (self.block.attention.values(normed),))[0]
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        k, v = self._gathered(self.block.attention.keys_values)
+        return k, v
+
+    def _gathered(self, make: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        """What `make` makes of the normed stream, a tuple of B L N D, put together from all slices."""
+        whole: list[Tensor] = []
+        for start, stop in self.slices:
+            self._gather(make, start, stop, whole)
+        return whole
+
+    def _gather(self, make: Callable[..., tuple[Tensor, ...]], start: int, stop: int, whole: list[Tensor]) -> None:
+        own, step = self.context.part(start, stop), self.block.pointwise
+        parts = make(self.block.normed(self.x[:, start:stop], self.rows, own), own, step)
+        if not whole:
+            whole.extend(part.new_empty(len(part), self.x.shape[1], *part.shape[2:]) for part in parts)
+        for all_tokens, part in zip(whole, parts, strict=True):
+            all_tokens[:, start:stop] = part
+
+    def hear(self, start: int, stop: int) -> Activations:
+        """Self-attention and cross-attention of a slice, written into the stream -> what its feed-forward reads."""
+        here, own = self.x[:, start:stop], self.context.part(start, stop)
+        attention, step = self.block.attention, self.block.pointwise
+
+        def attend(x: Tensor) -> Tensor:
+            q = attention.queries(self.block.normed(x, self.rows, own), own, step)
+            return attention.out(self.attend(q, start).flatten(2))
+
+        new, normed = self.block.hear(here, attend, self.text, self.rows, own)
+        write(here, new)
+        return normed
+
+    def run(self, start: int, stop: int) -> None:
+        """All of a slice."""
+        here, own = self.x[:, start:stop], self.context.part(start, stop)
+        write(here, self.block.feed(here, self.hear(start, stop), self.rows, own))
+
+    def hear_all(self) -> Tensor:
+        """What a feed-forward reads that must see all tokens together. Keys and values are gone then."""
+        normed = self.x.new_empty(self.x.shape, dtype=self.context.dtype)
+        for start, stop in self.slices:
+            normed[:, start:stop] = self.hear(start, stop)
+        del self.attend
+        return normed
+
+
+def inject_in_slices(injector: AudioInjector, x: Tensor, context: BlockContext, size: int) -> Tensor:
+    """At `AudioInjector.run`: the result is written over x, B L E."""
+    if x.shape[1] <= size or torch.is_grad_enabled():
+        return inject_whole(injector, x, context)
+    voice = injector.voice(context)
+    if not context.has_all_frames:  # of a split sequence
+        for start, stop in token_slices(context.noisy_tokens, size):
+            here, own = x[:, start:stop], context.part(start, stop)
+            write(here, injector.inject(here, voice, own.frame_index, own))
+        return x
+    for first, last, start, stop in runs_of_frames(context.grid, size):
+        here = x[:, start:stop]
+        write(here, injector.inject(here, voice.of_frames(first, last), None, context.part(start, stop)))
+    return x
+
+
+def runs_of_frames(grid: tuple[int, int, int], size: int) -> Iterator[tuple[int, int, int, int]]:
+    """First latent frame and the one behind the last, first token and the one behind the last, of parts that are whole
+    latent frames, or lie within one where those are larger than a slice."""
+    frames, rows, columns = grid
+    for first, last in frame_slices(frames, rows * columns, size):
+        before, tokens = first * rows * columns, (last - first) * rows * columns
+        cuts = token_slices(tokens, size) if last - first == 1 else [(0, tokens)]
+        for start, stop in cuts:
+            yield first, last, before + start, before + stop
+
+
+def write(here: Tensor, new: Tensor) -> None:
+    """Into a slice of the stream what has become of it; fused steps have done so."""
+    if new is not here:
+        here.copy_(new)
