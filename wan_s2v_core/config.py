@@ -249,7 +249,7 @@ class OffloadPlan(JsonConfig):
     resident_layers: int | None = None
     """Blocks or layers that stay on the card; the others take turns there. None: the whole network stays."""
     slots: int = 2
-    """Layers that are there for a turn: 2 fetch the next while one computes, 1 does not."""
+    """Blocks that are there for a turn: 2 fetch the next while one computes; 1 is one layer of any kind at a time."""
     keeps_injectors: bool = True
     """Whether the DiT's audio injectors stay, where not all of its blocks do."""
     keeps_seldom: bool = True

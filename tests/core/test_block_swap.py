@@ -11,6 +11,7 @@ from torch import nn
 from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.config import OffloadPlan
 from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
+from wan_s2v_core.memory.budget import Sizes
 from wan_s2v_core.memory.home import PackedLayer
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model.text_encoder import TextEncoder
@@ -39,6 +40,10 @@ def test_a_dit_computes_the_same_under_every_plan(kind, make_model, make_inputs)
         places = {name: value.data_ptr() for name, value in model.state_dict().items()}
         placement = Placement(model)
         for plan in plans(model.config.blocks):
+            sizes = Sizes.of(placement)
+            lanes, resident = placement.lanes(plan)
+            there = sum(lane.bytes for lane in lanes) + sum(layer.bytes for layer in resident)
+            assert there + sizes.others == sizes.on_device(plan), plan
             with placement.on(CPU, plan) as network:
                 for _ in range(3):
                     assert torch.equal(network(latents, 500.0, network.condition(inputs)), expected), plan

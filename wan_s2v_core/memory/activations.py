@@ -175,7 +175,8 @@ class Phases:
         if self.way.fused:
             return self.read
         sides = min(1.0, self.shape.batch * self.shape.side_tokens / self.at_once)
-        return max(self.wide + self.cast, (self.cast or self.wide) + sides * self.wide, self.wide + self.joined)
+        side_norm = (self.cast or self.wide) + sides * (self.wide + self.joined)
+        return max(self.wide + self.cast, side_norm, self.wide + self.joined)
 
     @property
     def joined(self) -> int:

@@ -115,11 +115,16 @@ class Sizes:
         if plan.resident_layers is None:
             return self.whole
         kept = min(plan.resident_layers, len(self.blocks))
-        moving = len(self.blocks) - kept
-        blocks = sum(sorted(self.blocks, reverse=True)[:kept]) + min(plan.slots, moving) * max(self.blocks, default=0)
-        injectors = sum(self.injectors) if plan.keeps_injectors else max(self.injectors, default=0)
-        seldom = sum(self.seldom) if plan.keeps_seldom else max(self.seldom, default=0)
-        return blocks + injectors + seldom + self.others
+        stays = list(self.blocks[:kept])
+        moving = [self.blocks[kept:]]
+        for keeps, layers in ((plan.keeps_injectors, self.injectors), (plan.keeps_seldom, self.seldom)):
+            stays += layers if keeps else ()
+            moving.append(() if keeps else layers)
+        slots = (plan.slots, 1, 1) if plan.slots > 1 else (1,)
+        if plan.slots == 1:
+            moving = [[size for sizes in moving for size in sizes]]
+        turns = sum(min(n, len(sizes)) * max(sizes, default=0) for n, sizes in zip(slots, moving, strict=True))
+        return sum(stays) + turns + self.others
 
 
 @dataclass(frozen=True)

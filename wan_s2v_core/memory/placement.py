@@ -132,17 +132,20 @@ class Placement:
             for modules in (self.lists.blocks, self.lists.injectors, self.lists.seldom)
         )
         stays = set(spread(len(blocks), min(plan.resident_layers, len(blocks))))
-        lanes = [Lane([block for i, block in enumerate(blocks) if i not in stays], plan.slots)]
         resident = [blocks[i] for i in sorted(stays)]
-        for keeps, layers, looks_ahead in (
-            (plan.keeps_injectors, injectors, plan.slots > 1),
-            (plan.keeps_seldom, seldom, False),
-        ):
-            if keeps:
-                resident += layers
-            else:
-                lanes.append(Lane(layers, 1, looks_ahead))
-        return [lane for lane in lanes if lane.layers], resident
+        moving = [[block for i, block in enumerate(blocks) if i not in stays]]
+        for keeps, layers in ((plan.keeps_injectors, injectors), (plan.keeps_seldom, seldom)):
+            resident += layers if keeps else []
+            moving.append([] if keeps else layers)
+        if plan.slots == 1:
+            return lanes_with([Lane([layer for layers in moving for layer in layers], 1, looks_ahead=False)]), resident
+        ahead, between, seldom = moving
+        return lanes_with([Lane(ahead, plan.slots), Lane(between, 1), Lane(seldom, 1, looks_ahead=False)]), resident
+
+
+def lanes_with(lanes: list[Lane]) -> list[Lane]:
+    """Those that have layers."""
+    return [lane for lane in lanes if lane.layers]
 
 
 def copied(layer: PackedLayer, device: torch.device) -> torch.Tensor:
