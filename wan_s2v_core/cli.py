@@ -61,7 +61,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
     from .config import AccelerationPlan, ExpertRouting, MemoryLimits, VideoConfig
-    from .render import RenderRequest, earlier_seed
+    from .render import RenderRequest, earlier_seed, forecast_render
 
     for flag, needs in NOT_YET.items():
         if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
@@ -121,6 +121,10 @@ def run_generate(options: argparse.Namespace) -> int:
     limits = MemoryLimits(
         options.vram_limit_gb, options.resident_blocks, options.slice_tokens, options.vae_tile, options.weights
     )
+    if options.dry_run:
+        found = forecast_render(request, video, sampling, acceleration, limits)
+        print(json.dumps([stage.to_dict() for stage in found]) if options.json else "\n".join(map(str, found)))
+        return CHECK_FAILED if any(stage.error for stage in found) else FINE
     return make_video(request, video, sampling, options.json, routing, acceleration, limits)
 
 
@@ -339,6 +343,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--sample_solver", help="unipc, dpm++ or euler; instead of the preset's")
     add("--sample_guide_scale", type=float, help="1 or less: no guidance; instead of the preset's")
     add("--base_seed", type=int, default=-1, help="-1: a new one, or that of a run to go on with")
+    add("--dry_run", action="store_true", help="only tell how each stage would fit into the card now; exit 1: not")
     add("--start_from_ref", action="store_true", help="the video begins as the picture")
     add(
         "--offload_model",

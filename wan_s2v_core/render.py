@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .conditioning.bundle import make_conditioning
+from .conditioning.bundle import make_conditioning, size_of_video
 from .conditioning.image import read_picture, to_frames
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -22,6 +22,8 @@ from .config import (
     VideoConfig,
 )
 from .errors import ConfigError
+from .forecast import JobFacts, StageForecast, forecast
+from .geometry import ClipGeometry
 from .io.audio import read_recording
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
@@ -166,6 +168,22 @@ def render(
     seconds = time.monotonic() - began
     frames, clips = store.stored.frames, conditioning.clips
     return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
+
+
+def forecast_render(
+    request: RenderRequest,
+    video: VideoConfig,
+    sampling: SamplingConfig,
+    acceleration: AccelerationPlan,
+    limits: MemoryLimits,
+) -> list[StageForecast]:
+    """What the stages of `render` would take now; nothing is loaded or written."""
+    loading = request.loading(acceleration)
+    text_device = "cpu" if request.text_on_cpu else None
+    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
+    recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
+    size, geometry = size_of_video(read_picture(request.image), video), ClipGeometry(video.clip_frames)
+    return forecast(networks, JobFacts(*size, recording.seconds, geometry, sampling, bool(request.pose_video)))
 
 
 def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None:

@@ -20,6 +20,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare"],
     ["pipeline"],
+    ["forecast"],
     ["bench", "verify", "inspection", "render", "calibrate"],
     ["cli"],
     ["__main__"],

@@ -57,10 +57,15 @@ def recording() -> Recording:
     return Recording(0.1 * torch.randn(1, 2 * RATE), RATE)
 
 
+def simulated_room(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0) -> budget.Room:
+    size = limits.vram_limit_gb
+    return budget.Room(None if size is None else round(size * 1e9), None, limits.weights)
+
+
 @pytest.fixture
 def opened(tiny_checkpoint, monkeypatch):
     """Networks on a CPU that counts as a card of a size."""
-    monkeypatch.setattr(networks, "CONTEXT_BYTES", 0)
+    monkeypatch.setattr(networks, "room_on", simulated_room)
     monkeypatch.setattr(budget, "MARGIN_BYTES", 0)
 
     def open_limited(limits: MemoryLimits = MemoryLimits()):  # noqa: B008

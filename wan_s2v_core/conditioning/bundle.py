@@ -106,6 +106,11 @@ def make_plan(seconds: float, feature_frames: int, video: VideoConfig, geometry:
     return replace(plan, clip_frames=lengths, frames=min(plan.frames, sum(lengths) - skip))
 
 
+def size_of_video(picture: Tensor, video: VideoConfig) -> tuple[int, int]:
+    """Height and width of the video for a picture, H W 3."""
+    return video.exact_size or output_size(*picture.shape[:2], video.max_area)
+
+
 def make_conditioning(
     picture: Tensor,
     voice: Voice,
@@ -124,7 +129,7 @@ def make_conditioning(
     """
     check_sides(*picture.shape[:2], "the picture")
     geometry = ClipGeometry(video.clip_frames, video.motion_frames)
-    size = video.exact_size or output_size(*picture.shape[:2], video.max_area)
+    size = size_of_video(picture, video)
     plan = make_plan(voice.recording.seconds, voice.features.shape[1], video, geometry)
     if pose is not None and not len(pose(0, 1)):  # a bad file is told before anything is loaded
         raise ConfigError("the driving video has no frame. Use one with pictures, or leave it out.")

@@ -208,13 +208,12 @@ def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 
     Args:
         returnable_bytes: what lies there and would leave for others.
     """
-    limit = None if limits.vram_limit_gb is None else round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES
     if device.type != "cuda":
-        return Room(limit, free_ram_bytes(), limits.weights)
+        return Room(None, free_ram_bytes(), limits.weights)
     allocated = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
-    if limit is not None:
-        free = min(free, limit - allocated)
+    if limits.vram_limit_gb is not None:
+        free = min(free, round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES - allocated)
     return Room(free + returnable_bytes, free_ram_bytes(), limits.weights)
 
 
