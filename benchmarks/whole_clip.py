@@ -35,11 +35,12 @@ from wan_s2v_core.bench.other_networks import PROMPT  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks, MeasuredPipeline  # noqa: E402
 from wan_s2v_core.conditioning.bundle import make_conditioning  # noqa: E402
 from wan_s2v_core.conditioning.image import read_picture, to_frames  # noqa: E402
-from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, SamplingConfig, VideoConfig  # noqa: E402
+from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, MemoryLimits, SamplingConfig, VideoConfig  # noqa: E402
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
+from wan_s2v_core.memory.budget import CONTEXT_BYTES  # noqa: E402
 from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
@@ -82,10 +83,12 @@ def reset_peak() -> None:
 
 
 @torch.inference_mode()
-def random_networks(sizes: dict[str, Any], precision: str, device: torch.device, offload: bool) -> CheckpointNetworks:
+def random_networks(
+    sizes: dict[str, Any], precision: str, device: torch.device, offload: bool, limits: MemoryLimits
+) -> CheckpointNetworks:
     """All four, resting where offload or its absence has them."""
     loading = plan_loading(precision, device)
-    networks = CheckpointNetworks({}, loading, offload)
+    networks = CheckpointNetworks({}, loading, offload, limits=limits)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
         networks.put(kind, random_network(kind, sizes[kind], loading, home))
@@ -105,7 +108,11 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
     settings = {"video": video.to_dict(), "sampling": sampling.to_dict(), "pose": options.pose}
 
     began = now()
-    networks = MeasuredNetworks(random_networks(sizes, precision, device, place == "offload"))
+    limits = MemoryLimits(vram_limit_gb=options.vram_limit_gb)
+    networks = MeasuredNetworks(random_networks(sizes, precision, device, place == "offload", limits))
+    if options.vram_limit_gb and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((options.vram_limit_gb * 1e9 - CONTEXT_BYTES) / total, device)
     build_seconds = now() - began
     weights = {kind: weight_bytes(network) for kind, network in networks.networks.loaded.items()}
     pipeline, steps, finite = MeasuredPipeline(networks), [], True
@@ -135,6 +142,7 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
     return {
         "size": f"{width}x{height}",
         "clips": options.clips,
+        "vram_limit_gb": options.vram_limit_gb,
         "settings": settings,
         "weight_bytes": weights,
         "build_seconds": build_seconds,
@@ -323,6 +331,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", default="832x480", type=lambda size: tuple(map(int, size.split("x"))))
+    parser.add_argument("--vram_limit_gb", type=float, help="plan for a card of that size, and allow no more")
     parser.add_argument("--pose", action="store_true", help="with a driving video: the portrait, held")
     parser.add_argument("--tiny", action="store_true", help="the embedded checkpoint's sizes on the CPU")
     parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")

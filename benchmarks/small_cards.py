@@ -1,0 +1,297 @@
+"""How much slower small cards are, and whether what the planner predicts is so. 14B with random weights.
+
+    python benchmarks/small_cards.py forwards [--sizes 832x480 1280x704] [--caps 24 16 12 10 8 6] [--runs 5]
+    python benchmarks/small_cards.py planner [--settings 20]
+    python benchmarks/small_cards.py ram [--folder FOLDER]
+
+forwards: one forward of a second clip under a plan for each size of card, beside the same forward with everything on
+the card, one after the other in every run. A cap is the card's size; the allocator is allowed that less what CUDA
+takes. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main memory while a checkpoint of
+33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used where it is mapped.
+
+forwards and planner need a card that holds the whole model, and 80 GB of main memory; --tiny tries the script on a CPU.
+Results go to small_cards_WHAT.json in --out, and as a table to the terminal.
+"""
+
+import argparse
+import gc
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from wan_s2v_core.assets import CHECKPOINT, embedded  # noqa: E402
+from wan_s2v_core.bench.engine import RELEASED, loading_of, make_inputs, random_network, with_blocks  # noqa: E402
+from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
+from wan_s2v_core.bench.measure import device_name, now, read_commit  # noqa: E402
+from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2VModelConfig  # noqa: E402
+from wan_s2v_core.errors import OutOfMemory  # noqa: E402
+from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan, free_ram_bytes  # noqa: E402
+from wan_s2v_core.memory.networks import load_placed  # noqa: E402
+from wan_s2v_core.memory.placement import Placement  # noqa: E402
+from wan_s2v_core.model.checkpoint import DIT, dit_name, official_dit_config  # noqa: E402
+from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
+from wan_s2v_core.model.loading import find_part  # noqa: E402
+from wan_s2v_core.pipeline import clip_shape  # noqa: E402
+from wan_s2v_core.prepare import accelerate  # noqa: E402
+
+TIMESTEP = 723.0
+GB = 1e9
+
+
+class Bench:
+    """One DiT in main memory, and what a forward of it needs.
+
+    Args:
+        config: of the DiT, which has random weights.
+    """
+
+    def __init__(self, config: S2VModelConfig, precision: str, device: torch.device):
+        self.config, self.device = config, device
+        self.loading = loading_of(precision, device)
+        network = random_network(DIT, config, self.loading, torch.device("cpu"))
+        self.placement = Placement(network)
+        self.placement.pack()
+        self.sizes = Sizes.of(self.placement)
+        release(device)
+
+    def plan(self, shape: ForwardShape, cap_gb: float | None, has_pose: bool = True) -> Planned:
+        """As the sampler would for one guidance branch."""
+        size = shape.height_px, shape.width_px
+        clip = clip_shape(self.config, size, shape.latent_frames, shape.motion_latents, has_pose)
+        room = Room(None if cap_gb is None else round(cap_gb * GB) - CONTEXT_BYTES)
+        return dit_plan(self.config, clip, self.loading.forward_way(self.config), MemoryLimits())(room, self.sizes)
+
+    @torch.inference_mode()
+    def forward(self, shape: ForwardShape, plan: OffloadPlan, repeats: int = 1) -> tuple[float, int, int, torch.Tensor]:
+        """Seconds of the last of some forwards, peak bytes allocated and reserved, and the velocity."""
+        release(self.device)
+        reset_peaks(self.device)
+        with self.placement.on(self.device, plan) as model:
+            accelerate(model, AccelerationPlan(), plan)
+            inputs, noise = make_inputs(self.config, shape, self.device)
+            condition = model.condition(inputs)
+            for _ in range(repeats):
+                began = now(self.device)
+                velocity = model(noise, TIMESTEP, condition)
+                seconds = now(self.device) - began
+            del condition, inputs
+        return seconds, *peaks(self.device), velocity.cpu()
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+@contextmanager
+def capped(cap_gb: float | None, device: torch.device) -> Iterator[None]:
+    """No more than a card of that size has."""
+    if cap_gb is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((cap_gb * GB - CONTEXT_BYTES) / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    bench, rows = Bench(config_of(options), options.precision, device), []
+    for width, height in options.sizes:
+        shape = ForwardShape(width, height)
+        plans = {cap: bench.plan(shape, cap) for cap in (None, *options.caps)}
+        seconds: dict[float | None, list[float]] = {cap: [] for cap in plans}
+        facts: dict[float | None, dict[str, Any]] = {}
+        expected = None
+        for run in range(-1, options.runs):  # the first compiles, locks memory and is not counted
+            for cap, planned in plans.items():
+                with capped(cap, device):
+                    taken, allocated, reserved, velocity = bench.forward(shape, planned.plan)
+                expected = velocity if expected is None else expected
+                error = float((velocity - expected).norm() / expected.norm())
+                facts[cap] = {"allocated_bytes": allocated, "reserved_bytes": reserved, "difference": error}
+                if run >= 0:
+                    seconds[cap].append(taken)
+        whole = statistics.median(seconds[None])
+        for cap, planned in plans.items():
+            median = statistics.median(seconds[cap])
+            rows.append(
+                {
+                    "width": width,
+                    "height": height,
+                    "cap_gb": cap,
+                    "plan": planned.plan.to_dict(),
+                    "line": planned.line(bench.sizes),
+                    "predicted_bytes": planned.bytes,
+                    "seconds": seconds[cap],
+                    "median_seconds": median,
+                    "slower": median / whole - 1,
+                    "spread": (max(seconds[cap]) - min(seconds[cap])) / median,
+                    **facts[cap],
+                }
+            )
+            print_row(rows[-1])
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    cap = "whole card" if row["cap_gb"] is None else f"{row['cap_gb']:g} GB"
+    print(
+        f"{row['width']}x{row['height']} {cap:>10} {row['median_seconds']:8.3f} s {100 * row['slower']:+6.2f} % "
+        f"(spread {100 * row['spread']:.2f} %)  predicted {row['predicted_bytes'] / GB:6.2f}, allocated "
+        f"{row['allocated_bytes'] / GB:6.2f}, reserved {row['reserved_bytes'] / GB:6.2f} GB, difference "
+        f"{row['difference']:.1e}: {row['line']}",
+        flush=True,
+    )
+
+
+def measure_planner(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Few blocks, for time; every kind of layer is there."""
+    chance, rows = random.Random(options.seed), []
+    for precision in ("bfloat16", "float8", "float8-weights"):
+        bench = Bench(with_blocks(config_of(options), options.blocks), precision, device)
+        for _ in range(-(-options.settings // 3)):
+            sides = (128, 192) if options.tiny else (480, 1280)
+            width, height = (chance.randrange(*sides, 16) for _ in range(2))
+            shape = ForwardShape(width, height, chance.choice((5, 10, 20, 30)), chance.random() < 0.7)
+            cap = chance.uniform(4, 16)
+            row = {"precision": precision, "width": width, "height": height, "frames": shape.frames, "cap_gb": cap}
+            try:
+                planned = bench.plan(shape, cap)
+            except OutOfMemory as error:
+                rows.append(row | {"refused": str(error)})
+                continue
+            with capped(cap, device):
+                _, allocated, reserved, _ = bench.forward(shape, planned.plan)
+            ratio = planned.bytes / allocated if allocated else None
+            facts = {"line": planned.line(bench.sizes), "predicted_bytes": planned.bytes, "ratio": ratio}
+            rows.append(row | facts | {"allocated_bytes": allocated, "reserved_bytes": reserved})
+            print(json.dumps(rows[-1]), flush=True)
+        del bench
+        release(device)
+    ratios = [row["ratio"] for row in rows if row.get("ratio")]
+    if ratios:
+        print(f"{len(ratios)} settings: predicted / measured {min(ratios):.3f} to {max(ratios):.3f}, none ran out")
+    return rows
+
+
+def status_bytes(name: str) -> int:
+    """Of this process, as Linux tells."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def measure_ram(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Two ways to hold a checkpoint in main memory; the mapped one computes a forward as well."""
+    config, rows = config_of(options), []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        size = write_checkpoint(Path(folder), config, device)
+        for packs in (False, True):
+            release(device)
+            before, seen = status_bytes("RssAnon"), []
+            import wan_s2v_core.model.loading as loading_module
+
+            plain = loading_module.place
+            loading_module.place = lambda *given, plain=plain, seen=seen: (
+                seen.append(status_bytes("RssAnon")),
+                plain(*given),
+            )
+            began = now(device)
+            try:
+                placement = load_placed(folder, DIT, loading_of("bfloat16", device), packs)
+            finally:
+                loading_module.place = plain
+            row = {
+                "file_bytes": size,
+                "packs": packs,
+                "seconds": now(device) - began,
+                "most_anonymous_bytes": max(seen) - before,
+                "anonymous_bytes": status_bytes("RssAnon") - before,
+                "most_resident_bytes": status_bytes("VmHWM"),
+            }
+            if not packs:
+                bench = Bench.__new__(Bench)
+                bench.config, bench.device, bench.placement = config, device, placement
+                bench.loading, bench.sizes = loading_of("bfloat16", device), Sizes.of(placement)
+                shape = ForwardShape(64, 64) if options.tiny else ForwardShape(832, 480)
+                plan = replace(bench.plan(shape, options.caps[-1]).plan, locks=False)
+                seconds = bench.forward(shape, plan, 3)[0]
+                row |= {"forward_seconds": seconds, "with_forward_bytes": status_bytes("RssAnon") - before}
+            rows.append(row)
+            print(json.dumps(row), f"free: {free_ram_bytes() / GB:.1f} GB", flush=True)
+            del placement
+    return rows
+
+
+def write_checkpoint(folder: Path, config: S2VModelConfig, device: torch.device) -> int:
+    """One file in bfloat16, as repackaged ones are -> its bytes."""
+    from safetensors.torch import save_file
+
+    network: S2VTransformer = random_network(DIT, config, loading_of("bfloat16", device), torch.device("cpu"))
+    weights = {dit_name(name): value.bfloat16().contiguous() for name, value in network.state_dict().items()}
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(weights, path)
+    (folder / "config.json").write_text(json.dumps(official_dit_config(config)))
+    return path.stat().st_size
+
+
+def config_of(options: argparse.Namespace) -> S2VModelConfig:
+    return find_part(embedded(CHECKPOINT), DIT).config if options.tiny else RELEASED[DIT]
+
+
+MEASURES = {"forwards": measure_forwards, "planner": measure_planner, "ram": measure_ram}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(MEASURES))
+    sides = [(832, 480), (1280, 704)]
+    parser.add_argument("--sizes", nargs="+", default=sides, type=lambda size: tuple(map(int, size.split("x"))))
+    parser.add_argument("--caps", nargs="+", default=[24.0, 16.0, 12.0, 10.0, 8.0, 6.0], type=float, help="GB")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--settings", type=int, default=20)
+    parser.add_argument("--blocks", type=int, default=6, help="of the DiT, for planner")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    parser.add_argument("--folder", type=Path, help="on a disk with 33 GB, for ram; the temporary folder by default")
+    parser.add_argument("--tiny", action="store_true", help="the embedded checkpoint's sizes on the CPU")
+    parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.tiny else "cuda")
+    if options.tiny:
+        options.sizes = [(64, 64)]
+    rows = MEASURES[options.what](options, device)
+    facts = {"device": device_name(device), "torch": torch.__version__, "commit": options.commit, "seed": options.seed}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"small_cards_{options.what}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
