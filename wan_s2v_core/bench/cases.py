@@ -1,6 +1,6 @@
 """What is measured: the cases of a request, what each of them needs, and the form of a result."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from ..config import AccelerationPlan, JsonConfig, S2VModelConfig, SamplingConfig
 from ..errors import ConfigError
 from ..geometry import ClipGeometry
-from ..memory.budget import forward_bytes, vae_bytes
-from ..memory.vae_room import PLAIN, VaeWork
+from ..memory.activations import activation_bytes
+from ..memory.budget import vae_bytes
+from ..memory.vae_room import VaeWork
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..pipeline import usable_device
+from ..pipeline import clip_shape, usable_device
 from ..prepare import AUTO
 from ..sampling.guidance import needed_branches
 from .engine import (
@@ -297,18 +298,14 @@ class NeedsOf:
 
     def __call__(self, case: Case) -> Needs:
         if case.group not in OF_THE_DIT:
-            coding = vae_bytes(
-                VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN)
-            ) + self._video_bytes(case, case.frames)
-            return Needs(0, self.weights(case.network, case), coding if case.group == VIDEO_VAE else 0)
+            coding = self._coding_bytes(case, case.frames) if case.group == VIDEO_VAE else 0
+            return Needs(0, self.weights(case.network, case), coding)
         config = with_blocks(self.dit, self.request.growth_blocks) if case.group == GROWTH else self.dit
         weights = self.weights(DIT, case, config)
-        working = round(forward_bytes(case.shape().tokens(config.packs_motion)) * config.width / RELEASED[DIT].width)
+        working = self._forward_bytes(case, config)
         if case.group != ARTICLE:
             return Needs(forward_flop(config, case.shape(), case.plan.kept(config.blocks)).total, weights, working)
-        decoding = vae_bytes(
-            VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN)
-        ) + self._video_bytes(case, MOTION_FRAMES + case.clip_frames)
+        decoding = self._coding_bytes(case, MOTION_FRAMES + case.clip_frames)
         if self.request.offload:
             most = max(weights + working, self.weights(VAE, case) + decoding, self.weights(TEXT_ENCODER, case))
             return Needs(article_flop(config, case), weights, most - weights)
@@ -322,13 +319,19 @@ class NeedsOf:
             self._bytes[key] = weight_bytes(kind, config, loading_of(case.precision, self.device))
         return self._bytes[key]
 
-    @staticmethod
-    def _coding_bytes(case: Case) -> int:
-        return vae_bytes(VaeWork(case.height, case.width, case.frames, decodes=True, way=PLAIN))
+    def _forward_bytes(self, case: Case, config: S2VModelConfig) -> int:
+        shape, branches = case.shape(), case.branches if case.group == ARTICLE else 1
+        motion = shape.motion_latents if shape.has_motion else 0
+        clip = clip_shape(config, (case.height, case.width), shape.latent_frames, motion, has_pose=True)
+        way = loading_of(case.precision, self.device, case.plan).forward_way(config)
+        return activation_bytes(config, clip, replace(way, branches=branches))
 
-    @staticmethod
-    def _video_bytes(case: Case, frames: int) -> int:
-        return 4 * 3 * frames * case.width * case.height
+    def _coding_bytes(self, case: Case, frames: int) -> int:
+        """Of the VAE, with the video that goes in or comes out."""
+        way = loading_of(case.precision, self.device, case.plan).vae_way
+        work = VaeWork(case.height, case.width, frames, decodes="encode" not in case.name, way=way)
+        video = 4 * 3 * frames * case.width * case.height
+        return vae_bytes(work) + (0 if work.decodes and way else video)
 
 
 def article_flop(config: S2VModelConfig, case: Case) -> float:

@@ -14,17 +14,9 @@ from .activations import ClipShape, ForwardWay, activation_bytes
 from .placement import Placement
 from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
 
-FORWARD_BYTES_PER_TOKEN = 175_000
-"""Of sampling with the 14B DiT: one forward, and what two guidance branches keep of a driving video and the past.
-6.0 GB at 832x480 on an H200, 4.3 GB without either, see benchmarks/README.md."""
 VAE_BYTES_PER_PIXEL = 23_000
 """Of the VAE in float32, for one latent frame at a time: 22,630 to decode and 17,190 to encode on an H200, the same at
 832x480 and 1280x704 and for any number of frames, see benchmarks/README.md."""
-
-
-def forward_bytes(tokens: int) -> int:
-    """Peak memory of one forward of the DiT besides its weights."""
-    return FORWARD_BYTES_PER_TOKEN * tokens
 
 
 def vae_bytes(work: VaeWork) -> int:
