@@ -1,6 +1,8 @@
 """Weights that wait in main memory: results are the same bit for bit, and no layer is where it should not be."""
 
+import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.config import OffloadPlan
 from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
 from wan_s2v_core.memory.budget import Sizes
-from wan_s2v_core.memory.home import PackedLayer
+from wan_s2v_core.memory.home import Locking, PackedLayer
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model.text_encoder import TextEncoder
 
@@ -146,3 +148,46 @@ def test_compiled_layers_are_swapped(make_model, make_inputs):
 def test_residents_are_spread():
     assert spread(10, 5) == [1, 3, 5, 7, 9]
     assert all(len(set(spread(40, count))) == count for count in range(41))
+
+
+def test_memory_that_cannot_be_locked_is_told_once(monkeypatch, caplog):
+    """Layers then travel through buffers; nothing asks again."""
+
+    class Runtime:
+        asked = 0
+
+        def cudaHostRegister(self, *_) -> int:
+            self.asked += 1
+            return 2
+
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(Locking, "fails", False)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    layers = [PackedLayer(nn.Linear(3, 3).requires_grad_(False)) for _ in range(2)]
+    for layer in layers:
+        layer.pack()
+    assert not any(layer.lock() for layer in layers) and runtime.asked == 1
+    assert len([record for record in caplog.records if "cannot be locked" in record.getMessage()]) == 1
+
+
+def test_locked_memory_is_unlocked_with_its_layer(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, _: calls.append(("lock", address)) or 0,
+        cudaHostUnregister=lambda address: calls.append(("unlock", address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(Locking, "fails", False)
+    module = nn.Linear(3, 3).requires_grad_(False)
+    layer = PackedLayer(module)
+    layer.pack()
+    assert layer.lock() and layer.lock() and len(calls) == 1
+    module.weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    layer.pack()  # in new memory: the old one is let go
+    assert [what for what, _ in calls] == ["lock", "unlock"] and layer.lock()
+    del layer
+    gc.collect()
+    assert [what for what, _ in calls] == ["lock", "unlock", "lock", "unlock"]
+    assert calls[2][1] == calls[3][1]

@@ -1,5 +1,6 @@
 """Where the weights of a network lie in main memory while some or all of it is on a card."""
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
@@ -155,8 +156,30 @@ class PackedLayer:
         if self.unlock is not None and self.unlock.alive:
             return True
         assert self.memory is not None, "pack it first"
+        if Locking.fails:
+            return False
         runtime, address = torch.cuda.cudart(), self.memory.data_ptr()
-        if int(runtime.cudaHostRegister(address, self.memory.nbytes, 0)):
+        if error := int(runtime.cudaHostRegister(address, self.memory.nbytes, 0)):
+            Locking.give_up(error)
             return False
         self.unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)  # before the memory is freed
         return True
+
+
+class Locking:
+    """Whether memory can be locked in this process."""
+
+    fails = False
+
+    @classmethod
+    def give_up(cls, error: int) -> None:
+        """The system allows no more: say so once, and let nobody else stumble over the error that CUDA remembers."""
+        cls.fails = True
+        log.warning(
+            "main memory cannot be locked for the card (CUDA error %d): weights travel through buffers, slower. "
+            "Raise the limit for locked memory (ulimit -l), or free main memory, and start again.",
+            error,
+        )
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+            torch.cuda.synchronize()
