@@ -11,12 +11,13 @@ from conftest import TINY
 from torch import nn
 
 from wan_s2v_core.acceleration.quantization import swap_linears
-from wan_s2v_core.config import OffloadPlan
+from wan_s2v_core.config import AccelerationPlan, OffloadPlan
 from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
 from wan_s2v_core.memory.budget import Sizes
 from wan_s2v_core.memory.home import Locking, PackedLayer
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model.text_encoder import TextEncoder
+from wan_s2v_core.prepare import accelerate, set_dense_steps
 
 DEEPER = replace(TINY, blocks=7, injected_blocks=(0, 2, 5))
 CPU = torch.device("cpu")
@@ -52,6 +53,23 @@ def test_a_dit_computes_the_same_under_every_plan(kind, make_model, make_inputs)
             assert torch.equal(model(latents, 500.0, model.condition(inputs)), expected), "at home"
     moved = {name for name, value in model.state_dict().items() if value.data_ptr() != places[name]}
     assert moved and all(name.startswith(("stack.", "text_e", "time_", "audio_encoder")) for name in moved)
+
+
+def test_techniques_compose(make_model, make_inputs):
+    """Sparse attention in strips, slices of tokens and layers that come and go."""
+    model = make_model(DEEPER)
+    inputs, latents = make_inputs(DEEPER, h=32, w=32)
+    sparse = AccelerationPlan(sparse_keep=0.5, sparse_dense_steps=0)
+    with torch.inference_mode():
+        accelerate(model, sparse)
+        set_dense_steps(model, (), 0)
+        expected = model(latents, 500.0, model.condition(inputs))
+        placement = Placement(model)
+        for plan in (OffloadPlan(0, slice_tokens=256), OffloadPlan(2, slots=1, keeps_keys_values=False)):
+            with placement.on(CPU, plan) as network:
+                accelerate(network, sparse, plan)
+                set_dense_steps(network, (), 0)
+                torch.testing.assert_close(network(latents, 500.0, network.condition(inputs)), expected)
 
 
 @pytest.fixture

@@ -211,6 +211,10 @@ class StripOrder(nn.Module):
     def injectors(self) -> nn.ModuleList:
         return self.stack.injectors
 
+    @property
+    def injector_after(self) -> dict[int, int]:
+        return self.stack.injector_after
+
     def forward(self, tokens: Tensor, context: BlockContext) -> Tensor:
         order = token_order(context.grid, tokens.shape[1], tokens.device)
         inside = replace(context, rope=context.rope[order])
