@@ -260,13 +260,9 @@ class ComfyNetworks:
 
     def room(self, name: str) -> Room:
         """What is free, and what ComfyUI can make free by taking other networks off the card."""
-        if self.device.type == "cpu":
-            return room_on(self.device, self.limits)
         loaded = [entry.model for entry in manager.current_loaded_models if entry.device == self.device]
         returnable = sum(patcher.loaded_size() for patcher in loaded if patcher is not None)
-        if self.device.type == "cuda":
-            return room_on(self.device, self.limits, returnable)
-        return Room(manager.get_free_memory(self.device) + returnable, free_ram_bytes(), self.limits.weights)
+        return room_on(self.device, self.limits, returnable)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import SamplingConfig
-from .errors import WanS2VError
 from .geometry import ClipGeometry, frames_of
-from .memory.attempts import Attempts
-from .memory.budget import TEXT_BYTES, Choose, vae_plan, voice_bytes, whole
+from .memory.budget import TEXT_BYTES, Choose, NoPlanFits, vae_plan, voice_bytes, whole
 from .memory.networks import Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
@@ -31,7 +29,7 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One stage; `error` says why there is no room for it, in which case there are no bytes."""
+    """One stage; `error` says why there may be no room for it."""
 
     stage: str
     line: str
@@ -44,7 +42,7 @@ class StageForecast:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.stage}: {self.error or self.line}"
+        return f"{self.stage}: {' '.join(filter(None, (self.line, self.error and f'({self.error})')))}"
 
 
 def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose]]:
@@ -75,11 +73,12 @@ def forecast(networks: Networks, job: JobFacts) -> list[StageForecast]:
 
 
 def forecast_stage(networks: Networks, name: str, kind: str, choose: Choose) -> StageForecast:
-    room = networks.room(kind).device_bytes
-    try:
-        attempts = Attempts(networks, kind, choose)
-    except WanS2VError as error:
-        return StageForecast(name, "", None, room, str(error))
-    if room is None:
+    room, doubt = networks.room(kind), None
+    if room.device_bytes is None:
         return StageForecast(name, "in main memory, at full speed", None, None)
-    return StageForecast(name, attempts.planned.line(attempts.sizes), attempts.planned.bytes, room)
+    sizes = networks.sizes(kind)
+    try:
+        planned = choose(room, sizes)
+    except NoPlanFits as error:
+        planned, doubt = error.tightest, str(error)
+    return StageForecast(name, planned.line(sizes), planned.bytes, room.device_bytes, doubt)

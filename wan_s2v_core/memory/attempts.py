@@ -8,7 +8,7 @@ import torch
 
 from ..errors import OutOfMemory
 from ..model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE, kind_of
-from .budget import WHOLE, Choose, Planned, Sizes, tighter
+from .budget import WHOLE, Choose, NoPlanFits, Planned, Sizes, tighter
 from .networks import Networks
 
 log = logging.getLogger(__name__)
@@ -38,23 +38,27 @@ class Attempts:
     Args:
         networks: that it uses one of.
         name: which.
-        choose: its plans.
-    Raises:
-        OutOfMemory: if not even the tightest plan has room.
+        choose: its plans. Where none is predicted to fit, the tightest is tried all the same: predictions have margins.
     """
 
     def __init__(self, networks: Networks, name: str, choose: Choose):
         self.networks, self.name, self.choose = networks, name, choose
         self.room = networks.room(name)
         self.sizes = Sizes() if self.room.device_bytes is None else networks.sizes(name)
-        self.is_last = False
-        """Whether the plan is the tightest one, tried again when all was given back that others held."""
-        try:
-            self.planned = choose(self.room, self.sizes)
-        except OutOfMemory as error:
-            raise self.end(str(error)) from error
-        if self.planned != WHOLE:
+        self.doubt: str | None = None
+        """Why the plan, which is the tightest one, may not fit."""
+        self.planned = self._choose()
+        if self.doubt:
+            log.warning("%s: %s It is tried with %s", self.label, self.doubt, self.planned.line(self.sizes))
+        elif self.planned != WHOLE:
             log.info("%s: %s", self.label, self.planned.line(self.sizes))
+
+    def _choose(self) -> Planned:
+        try:
+            return self.choose(self.room, self.sizes)
+        except NoPlanFits as error:
+            self.doubt = str(error)
+            return error.tightest
 
     @property
     def label(self) -> str:
@@ -76,22 +80,17 @@ class Attempts:
             OutOfMemory: if there is none.
         """
         self.networks.recover()
-        if self.is_last:
+        if self.doubt:
             raise self.end(f"{reason}, with {self.planned.line(self.sizes)} and nothing tighter.")
         before, self.room = self.planned, tighter(self.room, self.planned)
-        try:
-            self.planned = self.choose(self.room, self.sizes)
-        except OutOfMemory:
-            self.is_last = True
+        self.planned = self._choose()
         log.warning(
             "%s: memory ran out (%s) with %s. It goes on with %s%s",
             self.label,
             reason.rstrip("."),
             before.line(self.sizes),
             self.planned.line(self.sizes),
-            " again, now that others have left"
-            if self.is_last
-            else ", slower. A lower memory limit avoids the failure",
+            " again, now that others have left" if self.planned == before else ", slower. A lower limit avoids this",
         )
 
     def run(self, work: Callable[[Planned], T]) -> T:

@@ -145,12 +145,22 @@ class Planned:
 
 WHOLE = Planned()
 """The whole network, and no opinion about how much it takes."""
+
+
+class NoPlanFits(OutOfMemory):
+    """No plan is predicted to fit; `tightest` is the one that comes nearest."""
+
+    def __init__(self, reason: str, tightest: Planned):
+        super().__init__(reason)
+        self.tightest = tightest
+
+
 Working = Callable[[OffloadPlan], int]
 """What a stage takes besides weights under a plan, in bytes."""
 Candidates = Callable[[Sizes], Iterator[OffloadPlan]]
 """Plans from the fastest to the tightest, with no layers that stay or those that are asked for."""
 Choose = Callable[[Room, Sizes], Planned]
-"""The fastest plan of a stage that fits; raises OutOfMemory if none does."""
+"""The fastest plan of a stage that fits; raises NoPlanFits if none does."""
 
 
 def plan_stage(
@@ -159,7 +169,7 @@ def plan_stage(
     """The first of the candidates that fits, with as many layers on the device as there is room for.
 
     Raises:
-        OutOfMemory: if none does, with the bytes that the tightest needs.
+        NoPlanFits: if none does, with the bytes that the tightest needs.
     """
     least = None
     for plan in candidates(sizes):
@@ -170,9 +180,10 @@ def plan_stage(
         if planned.bytes <= room.usable_bytes:
             return with_residents(planned, room, sizes)
         least = planned if least is None or planned.bytes < least.bytes else least
-    raise OutOfMemory(
+    raise NoPlanFits(
         f"this stage needs {(least.bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
-        f"{room.device_bytes / 1e9:.1f} GB are free."
+        f"{room.device_bytes / 1e9:.1f} GB are free.",
+        least,
     )
 
 
