@@ -38,6 +38,12 @@ NOTES = {
     "Change: sparse_keep (1: all of it; 0.5 is faster, look at the video), attention (auto8: 8 bits), and "
     "precision of the sampler: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100).\n\n"
     "On a CPU leaving out attention takes longer; it shows what becomes of the pictures.",
+    "small_card": "A card with 8 GB, in one node before the sampler: weights come and go while others compute, and "
+    "what does not fit is done in parts. The results are the same up to rounding. Wan S2V Memory shows what each stage "
+    "will take, before the run.\n\n"
+    "Change: profile. auto measures what is free; others leave the rest of a larger card to other programs. The "
+    "embedded model is so small that it fits whole: with Wan2.2-S2V-14B take 832x480 and 40 steps, and precision "
+    "float8-weights of sampler and text where main memory is short.",
     "all_options": "Every input linked or set, to copy from. It is no recipe: most videos need none of this.\n\n"
     "Change: the four single loaders (ComfyUI's files), recording, picture, driving video. The preset gives "
     "steps, guidance, shift and solver.",
@@ -45,7 +51,14 @@ NOTES = {
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 WIDTH_PX, WIDE_PX, GAP_PX, ROW_PX, TEXT_PX = 300, 400, 80, 24, 110
 NOTE_PX = (320, 400)
-PREVIEWS_PX = {"LoadImage": 280, "LoadVideo": 280, "LoadAudio": 90, "WanS2VSaveVideo": 280, "WanS2VTalkingVideo": 60}
+PREVIEWS_PX = {
+    "LoadImage": 280,
+    "LoadVideo": 280,
+    "LoadAudio": 90,
+    "WanS2VSaveVideo": 280,
+    "WanS2VTalkingVideo": 60,
+    "WanS2VMemory": 170,
+}
 """Room for what the page adds to a node: a picture or a player, buttons."""
 
 

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .accelerate import Speed
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
+from .forecast import add_route as add_memory_route
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
 from .memory import Memory
 from .sample import Sample, SamplingPreset
@@ -39,4 +40,5 @@ class WanS2VExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     add_route()
+    add_memory_route()
     return WanS2VExtension()

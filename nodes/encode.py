@@ -141,6 +141,7 @@ class EncodeText(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
+                    optional=True,  # prompts of the API that were made before it was there stay valid
                     options=list(TEXT_PRECISIONS),
                     default=AUTO,
                     tooltip="float8-weights: 7.8 instead of 11.4 GB, lossy. auto: bfloat16, and float32 on a CPU.",

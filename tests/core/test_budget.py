@@ -108,9 +108,10 @@ def test_what_does_not_fit_is_told_with_numbers(sizes):
 
 def test_by_hand(sizes):
     limits = MemoryLimits(resident_blocks=7, slice_tokens=4096)
-    assert choose("480p", card(80), sizes, limits).plan.resident_layers >= 7
+    assert choose("480p", card(80), sizes, limits).plan.resident_layers == 7
     plan = choose("480p", card(12), sizes, limits).plan
-    assert plan.slice_tokens == 4096 and plan.resident_layers >= 7
+    assert plan.slice_tokens == 4096 and plan.resident_layers == 7
+    assert choose("480p", card(80), sizes, MemoryLimits(resident_blocks=0)).plan.resident_layers == 0
     assert choose("720p", card(24), sizes, MemoryLimits(slice_tokens=0)).plan.slice_tokens is None
     for wrong in ({"vram_limit_gb": 0}, {"resident_blocks": -1}, {"tile_px": 100}, {"weights": "disk"}):
         with pytest.raises(ConfigError):
@@ -153,7 +154,7 @@ def test_main_memory_of_a_container(tmp_path, monkeypatch):
     assert free_ram_bytes() == 940, "what is read of files can be dropped"
 
 
-@pytest.mark.parametrize("trial", range(6))
+@pytest.mark.parametrize("trial", range(4))
 def test_a_chosen_plan_runs_on_a_card_of_that_size(trial, make_model, make_inputs, fresh_seed, monkeypatch):
     """On a simulated card: what is predicted is within 10 % of what is counted, and nothing runs out of memory."""
     monkeypatch.setattr(budget, "MARGIN_BYTES", 0)

@@ -63,7 +63,7 @@ def test_layers_are_packed_without_being_there_twice(wide_checkpoint, monkeypatc
     sizes = sizes_of(wide_checkpoint, DIT, plan_loading("bfloat16", CPU))
     placement, most, held = load_watched(wide_checkpoint, True, monkeypatch)
     assert sum(sizes.blocks) > 100 * MB
-    assert abs(held - sizes.whole) < 0.1 * sizes.whole + 10 * MB
+    assert held < 1.05 * sizes.whole + 10 * MB
     assert most < sizes.whole + max(sizes.blocks) + 10 * MB, "a layer at a time is there twice"
     assert all(layer.is_packed for layer in placement.layers.values())
 

@@ -74,6 +74,17 @@ def comfy(start_comfy):
 
 
 @pytest.fixture(scope="session")
+def start_with_card(comfy):
+    """As `start_comfy`, for a server that believes in a card and cannot run anything: see pretended_card.py."""
+    packs = {**comfy.packs, "pretended_card.py": Path(__file__).with_name("pretended_card.py")}
+
+    def start(*more: str) -> ComfyServer:
+        return ComfyServer(comfy.comfyui, packs, arguments=(*comfy.arguments, *more), environment=comfy.environment)
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def dense_checkpoint(comfy) -> str:
     """A model without experts, unlike the embedded one: random weights -> its name in the menus."""
     return random_checkpoint(comfy, "Dense", 0)

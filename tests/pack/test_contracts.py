@@ -13,7 +13,14 @@ WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 KEPT_OPTIONS = ("default", "min", "max", "step", "options", "multiline", "dynamicPrompts", "control_after_generate")
 FILES = ("checkpoint", "name", "picture", "voice", "file")
 """Inputs whose options are the files that happen to be there."""
-CATEGORIES = {"WanS2V/loaders", "WanS2V/speed", "WanS2V/conditioning", "WanS2V/sampling", "WanS2V/video"}
+CATEGORIES = {
+    "WanS2V/loaders",
+    "WanS2V/speed",
+    "WanS2V/memory",
+    "WanS2V/conditioning",
+    "WanS2V/sampling",
+    "WanS2V/video",
+}
 SOCKETS = ("WAN_S2V_", "CONDITIONING", "IMAGE", "AUDIO", "VIDEO", "LATENT")
 """Beginnings of types that are connected, not set, and may go without a tooltip."""
 RENEW = "RENEW_NODES"

@@ -24,13 +24,15 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT, RUN_SCRIPT, FIRST_SCRIPT = (
-    Path(__file__).with_name(name) for name in ("page.mjs", "page_run.mjs", "page_first_video.mjs")
+SCRIPT, RUN_SCRIPT, FIRST_SCRIPT, MEMORY_SCRIPT = (
+    Path(__file__).with_name(f"{name}.mjs") for name in ("page", "page_run", "page_first_video", "page_memory")
 )
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-DEMO = ROOT / "workflows" / "demo.json"
+DEMO, SMALL_CARD = (ROOT / "workflows" / f"{name}.json" for name in ("demo", "small_card"))
 OWN, NEWER = "own", "newer"
 """Frontends: ComfyUI's own, and that of FRONTEND_ROOT."""
+CARD = {OWN: "own with a card", NEWER: "newer with a card"}
+"""The same on servers that believe in a card."""
 VOICE_SECONDS = float(os.environ.get("VOICE_SECONDS", 0.75))
 """Of the newcomer's recording: two clips where they are to be looked at, else a short one."""
 
@@ -59,14 +61,27 @@ def newer(start_comfy, browser):
         yield server
 
 
-ADDED = {"WanS2VSample": ["colour_match"], "LoadAudio": ["audioUI"]}
-"""Inputs that the page may add: an optional one that an older prompt does not name, and a player of ComfyUI's own."""
+ADDED = {"WanS2VSample": ["colour_match"], "WanS2VEncodeText": ["precision"], "LoadAudio": ["audioUI"]}
+"""Inputs that the page may add: optional ones that an older prompt does not name, and a player of ComfyUI's own."""
+
+
+@pytest.fixture(scope="module")
+def own_with_card(start_with_card):
+    with start_with_card() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def newer_with_card(start_with_card, browser):
+    with start_with_card("--front-end-root", browser["FRONTEND_ROOT"]) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def server_of(request):
     """The server that gives out a frontend, started when it is first asked for."""
-    return lambda frontend: request.getfixturevalue({OWN: "comfy", NEWER: "newer"}[frontend])
+    names = {OWN: "comfy", NEWER: "newer", CARD[OWN]: "own_with_card", CARD[NEWER]: "newer_with_card"}
+    return lambda frontend: request.getfixturevalue(names[frontend])
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +203,43 @@ def test_clips_are_seen_before_and_while_they_are_made(
     assert {key: node["inputs"] for key, node in page["prompt"].items()} == {
         key: node["inputs"] | quick.get(node["class_type"], {}) for key, node in expected.items()
     }
+
+
+MEMORY_WORDS = {
+    "en": ("7.2 GB of 24.0 GB", "voice text VAE_encode sampling VAE_decode", "whole", "tiles of ", "Wan S2V Sample"),
+    "zh": ("可用 7.2 GB，共 24.0 GB", "语音 文本 VAE_编码 采样 VAE_解码", "完整", " 像素的分块", "Wan S2V Sample"),
+}
+"""In the panel of a card of 8 GB: what may be used, stages, two plans, and what is not known without a sampler."""
+
+
+@pytest.mark.parametrize("frontend, canvas, language", [(OWN, "classic", "en"), (NEWER, "vue", "zh")])
+def test_memory_is_told_before_a_run(frontend, canvas, language, in_page):
+    """The panel follows widgets and links: tighter plans where there is less room, and what there is no room for."""
+    settings = {"Comfy_Locale": language, "Comfy_VueNodes_Enabled": canvas == "vue"}
+    page = in_page(CARD[frontend], MEMORY_SCRIPT, SMALL_CARD, f"memory_{canvas}_{language}", **settings)
+    usable, names, whole, tiles, sampler = MEMORY_WORDS[language]
+    names = [name.replace("_", " ") for name in names.split()]
+    assert page["errors"] == []
+    assert [part for part, panel in page["seen"].items() if not panel["fits"]] == []
+    stages = {part: panel["stages"] for part, panel in page["seen"].items()}
+    assert usable in page["seen"]["opened"]["text"]
+    for part in ("opened", "large", "tight", "small", "preset"):
+        assert [stage["lines"][0] for stage in stages[part]] == names
+    assert all(stage["lines"][1] == whole and 0 < stage["share"] < 0.5 for stage in stages["opened"])
+    opened, large, tight, small, preset = (
+        [stages[part][number] for number in (2, 4)] for part in ("opened", "large", "tight", "small", "preset")
+    )
+    for number in range(2):
+        bytes_ = [float(part[number]["lines"][2].split()[0]) for part in (opened, large, tight)]
+        assert bytes_[0] < bytes_[2] < bytes_[1]
+        assert tiles in large[number]["lines"][1] and tiles in tight[number]["lines"][1]
+        assert large[number]["share"] < tight[number]["share"] < 1
+        assert "not enough memory" in small[number]["lines"][1] and small[number]["share"] == pytest.approx(1)
+        assert float(preset[number]["lines"][2].split()[0]) > bytes_[1], "float32 takes more"
+    asked = {"preset": "reference 480p", "vae_precision": "float32", "vram_limit_gb": "24", "demo": "1"}
+    assert page["last"].items() >= asked.items() and "guidance_scale" not in page["last"]
+    assert [stage["lines"][0] for stage in stages["alone"]] == [names[3]] and sampler in page["seen"]["alone"]["text"]
+    assert stages["unloaded"] == [] and page["values"] == ["custom", 24, -1, -1, -1, "auto"], "no workflow knows of it"
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Attempts:
         """Why the plan, which is the tightest one, may not fit."""
         self.planned = self._choose()
         if self.doubt:
-            log.warning("%s: %s It is tried with %s", self.label, self.doubt, self.planned.line(self.sizes))
+            log.warning("%s: %s. It is tried with %s", self.label, self.doubt, self.planned.line(self.sizes))
         elif self.planned != WHOLE:
             log.info("%s: %s", self.label, self.planned.line(self.sizes))
 
@@ -81,7 +81,7 @@ class Attempts:
         """
         self.networks.recover()
         if self.doubt:
-            raise self.end(f"{reason}, with {self.planned.line(self.sizes)} and nothing tighter.")
+            raise self.end(f"{reason}, with {self.planned.line(self.sizes)} and nothing tighter")
         before, self.room = self.planned, tighter(self.room, self.planned)
         self.planned = self._choose()
         log.warning(

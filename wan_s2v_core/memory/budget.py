@@ -163,11 +163,11 @@ Choose = Callable[[Room, Sizes], Planned]
 """The fastest plan of a stage that fits; raises NoPlanFits if none does."""
 
 
-def plan_stage(
-    candidates: Callable[[Sizes], Iterator[OffloadPlan]], working: Working, room: Room, sizes: Sizes
-) -> Planned:
-    """The first of the candidates that fits, with as many layers on the device as there is room for.
+def plan_stage(candidates: Candidates, working: Working, room: Room, sizes: Sizes, fills: bool = True) -> Planned:
+    """The first of the candidates that fits.
 
+    Args:
+        fills: where layers come and go, let as many stay as there is room for.
     Raises:
         NoPlanFits: if none does, with the bytes that the tightest needs.
     """
@@ -178,11 +178,11 @@ def plan_stage(
         if room.device_bytes is None:
             return planned
         if planned.bytes <= room.usable_bytes:
-            return with_residents(planned, room, sizes)
+            return with_residents(planned, room, sizes) if fills and plan.swaps else planned
         least = planned if least is None or planned.bytes < least.bytes else least
     raise NoPlanFits(
-        f"this stage needs {(least.bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
-        f"{room.device_bytes / 1e9:.1f} GB are free.",
+        f"it needs {(least.bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
+        f"{room.device_bytes / 1e9:.1f} GB are free",
         least,
     )
 
@@ -190,9 +190,7 @@ def plan_stage(
 def with_residents(planned: Planned, room: Room, sizes: Sizes) -> Planned:
     """As many layers as fit stay on the device."""
     plan = planned.plan
-    if plan.resident_layers is None:
-        return planned
-    for count in range(len(sizes.blocks), plan.resident_layers, -1):
+    for count in range(len(sizes.blocks), 0, -1):
         more = replace(plan, resident_layers=count)
         if (weights := sizes.on_device(more)) + planned.working_bytes <= room.usable_bytes:
             return Planned(more, weights, planned.working_bytes)
@@ -240,7 +238,8 @@ def dit_plan(config: S2VModelConfig, shape: ClipShape, way: ForwardWay, limits: 
         made = replace(way, slice_tokens=plan.slice_tokens, keeps_keys_values=plan.keeps_keys_values)
         return activation_bytes(config, shape, made)
 
-    return lambda room, sizes: plan_stage(dit_candidates(limits), working, room, sizes)
+    fills = limits.resident_blocks is None
+    return lambda room, sizes: plan_stage(dit_candidates(limits), working, room, sizes, fills)
 
 
 LARGE_TILE = 384

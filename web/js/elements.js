@@ -1,6 +1,9 @@
 // What both widgets are made with.
 import { app } from '../../../scripts/app.js'
 
+/** Around a widget, in pixels; a canvas takes it from the widget's height. */
+export const MARGIN = 8
+
 export function element(tag, style = {}, ...children) {
   const made = document.createElement(tag)
   Object.assign(made.style, style)
@@ -22,7 +25,7 @@ export function letThrough(root) {
 
 /** Add a widget that no workflow and no prompt knows. It is the last one, so the values of others keep their places. */
 export function addWidget(node, name, root, options) {
-  const widget = node.addDOMWidget(name, name, root, { serialize: false, hideOnZoom: false, margin: 8, ...options })
+  const widget = node.addDOMWidget(name, name, root, { serialize: false, hideOnZoom: false, margin: MARGIN, ...options })
   widget.serialize = false
   letThrough(root)
   return widget

@@ -63,3 +63,82 @@ function recordingOf(source) {
   if (source?.type === 'WanS2VDemoInputs') return { demo: '1' }
   return source?.type === 'LoadAudio' ? valuesOf(source, ['audio']) : null
 }
+
+const LOADERS = { WanS2VLoadCheckpoint: 'checkpoint', WanS2VLoadModel: 'name', WanS2VLoadTextEncoder: 'name', WanS2VLoadAudioEncoder: 'name', WanS2VLoadVAE: 'name' }
+const LIMITS = ['profile', 'vram_limit_gb', 'resident_blocks', 'slice_tokens', 'vae_tile', 'weights']
+const SPEED = ['attention', 'sparse_keep', 'fused']
+
+/** The sampler that an output leads to, behind reroutes and nodes that change how its model runs. */
+function samplerOf(node) {
+  for (const link of node?.outputs?.[0]?.links ?? []) {
+    const links = node.graph?.links
+    const target = node.graph?.getNodeById((links?.get?.(link) ?? links?.[link])?.target_id)
+    if ((target?.mode ?? ACTIVE) !== ACTIVE) continue
+    if (target?.type === 'WanS2VSample') return target
+    const found = ['Reroute', 'WanS2VSpeed', 'WanS2VMemory'].includes(target?.type) && samplerOf(target)
+    if (found) return found
+  }
+  return null
+}
+
+/** What to ask the server for the forecast of a memory node: {query, missing}, the inputs that only the run can tell and
+ * that the server takes as usual; null without a model. */
+export function memoryQuestionOf(node) {
+  const sampler = samplerOf(node)
+  const models = [] // from the sampler back to the loader
+  for (let at = sampler ?? node; at; at = sourceOf(at, 'model')) models.push(at)
+  const facts = new Facts()
+  facts.network(models.at(-2), 'model')
+  if (!facts.query.model) return null
+  facts.take(node, LIMITS)
+  const speed = models.find(({ type }) => type === 'WanS2VSpeed')
+  if (speed) facts.take(speed, SPEED, { vae: 'vae_precision' })
+  if (sampler) addSampler(facts, sampler)
+  else facts.missing.push('Wan S2V Sample')
+  return { query: new URLSearchParams(facts.query).toString(), missing: facts.missing }
+}
+
+function addSampler(facts, sampler) {
+  facts.take(sampler, ['precision', 'audio_guidance_scale'])
+  const preset = sourceOf(sampler, 'guidance_scale')
+  if (preset?.type === 'WanS2VSamplingPreset') facts.take(preset, ['preset'])
+  else facts.take(sampler, ['guidance_scale'])
+  facts.network(sampler, 'vae')
+  const job = sourceOf(sampler, 'conditioning')
+  if (job?.type !== 'WanS2VConditioning') return facts.missing.push('conditioning')
+  facts.take(job, ['width', 'height', 'size_rule', 'clip_frames'])
+  facts.query.has_pose = job.inputs.find(input => input.name === 'pose_video')?.link != null
+  const [voice, text] = [sourceOf(job, 'voice'), sourceOf(job, 'positive')]
+  if (voice?.type === 'WanS2VEncodeAudio') {
+    facts.network(voice, 'audio_encoder')
+    const sound = [recordingOf(sourceOf(voice, 'audio')), valuesOf(voice, ['start_seconds', 'seconds'])]
+    if (sound.includes(null)) facts.missing.push('audio')
+    else Object.assign(facts.query, ...sound)
+  }
+  if (text?.type === 'WanS2VEncodeText') {
+    facts.network(text, 'text_encoder')
+    facts.take(text, [], { device: 'text_device', precision: 'text_precision' })
+  }
+}
+
+class Facts {
+  query = {}
+  missing = []
+
+  /** The values of inputs, under the same or other names. */
+  take(source, names, others = {}) {
+    for (const [name, key] of [...names.map(name => [name, name]), ...Object.entries(others)]) {
+      const value = valueOf(source, name)
+      if (value === undefined) this.missing.push(name)
+      else this.query[key] = value
+    }
+  }
+
+  /** The name of the network that an input is given. */
+  network(node, input) {
+    const loader = sourceOf(node, input)
+    const name = loader && LOADERS[loader.type] && valueOf(loader, LOADERS[loader.type])
+    if (name) this.query[input] = name
+    else this.missing.push(input)
+  }
+}
