@@ -29,7 +29,7 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One stage; `error` says why there may be no room for it."""
+    """One stage. `line` is the plan in words; the last four say the same, None where the plan has no such thing."""
 
     stage: str
     line: str
@@ -37,6 +37,12 @@ class StageForecast:
     """On the device, weights included; None where that is main memory."""
     room_bytes: int | None
     error: str | None = None
+    """Why there may be no room for it."""
+    layers_stay: int | None = None
+    """Of `layers`, those that stay on the device; the others come and go."""
+    layers: int | None = None
+    slice_tokens: int | None = None
+    tile_px: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,4 +87,8 @@ def forecast_stage(networks: Networks, name: str, kind: str, choose: Choose) -> 
         planned = choose(room, sizes)
     except NoPlanFits as error:
         planned, doubt = error.tightest, str(error)
-    return StageForecast(name, planned.line(sizes), planned.bytes, room.device_bytes, doubt)
+    plan = planned.plan
+    parts = {"slice_tokens": plan.slice_tokens, "tile_px": plan.tile_px}
+    if plan.swaps:
+        parts |= {"layers_stay": min(plan.resident_layers, len(sizes.blocks)), "layers": len(sizes.blocks)}
+    return StageForecast(name, planned.line(sizes), planned.bytes, room.device_bytes, doubt, **parts)

@@ -37,8 +37,8 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr(loading, "fill", refuse)
 
 
-def forecast_of(height: int, width: int, **facts):
-    held = open_checkpoint(str(embedded(CHECKPOINT)), plan_loading("auto", torch.device("cpu")), limits=MemoryLimits())
+def forecast_of(height: int, width: int, limits: MemoryLimits = MemoryLimits(), **facts):  # noqa: B008
+    held = open_checkpoint(str(embedded(CHECKPOINT)), plan_loading("auto", torch.device("cpu")), limits=limits)
     job = JobFacts(height, width, 12.0, ClipGeometry(), SamplingConfig(guidance_scale=2.0), **facts)
     return forecast(held, job)
 
@@ -64,6 +64,14 @@ def test_larger_videos_take_more(a_card, nothing_loads):
     )
     assert small["sampling"] < large["sampling"] and small["VAE decode"] < large["VAE decode"]
     assert small["text"] == large["text"]
+
+
+def test_a_plan_is_told_in_words_and_in_parts(a_card):
+    a_card(20)
+    limits = MemoryLimits(resident_blocks=2, slice_tokens=1024)
+    sampling = {stage.stage: stage for stage in forecast_of(480, 832, limits)}["sampling"]
+    assert (sampling.layers_stay, sampling.slice_tokens, sampling.tile_px) == (2, 1024, None)
+    assert f"2 of {sampling.layers} layers stay, 1024 tokens at once" in str(sampling)
 
 
 def test_a_dry_run_makes_nothing(run_cli, tmp_path, a_card, nothing_loads):

@@ -10,12 +10,6 @@ const COLOURS = { fits: '#4d9de0', full: '#4fb286', error: '#e5a13a' }
 const NEARLY = 0.85
 const SOFT = { color: 'var(--descrip-text, #999)', fontSize: '11px' }
 const ROW = { display: 'flex', justifyContent: 'space-between', gap: '8px' }
-/** Parts of a plan in the server's words, and their names here. */
-const PARTS = [
-  [/^(\d+) of (\d+) layers stay$/, ([, kept, count]) => say('layers', { kept, count })],
-  [/^(\d+) tokens at once$/, ([, count]) => say('at_once', { count })],
-  [/^tiles of (\d+) px$/, ([, side]) => say('tiles', { side })],
-]
 
 const all = new Set()
 setInterval(() => {
@@ -28,10 +22,13 @@ setInterval(() => {
 
 const gigabytes = bytes => `${(bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1)} GB`
 
-function planOf(line) {
-  const parts = line.split(', ').slice(1) // the first one is the bytes
-  const told = parts.map(part => PARTS.map(([form, words]) => form.test(part) && words(part.match(form))).find(Boolean) ?? part)
-  return told.join(', ') || say('whole')
+function planOf({ layers_stay: kept, layers: count, slice_tokens: tokens, tile_px: side }) {
+  const told = [
+    kept !== null && say('layers', { kept, count }),
+    tokens !== null && say('at_once', { count: tokens }),
+    side !== null && say('tiles', { side }),
+  ]
+  return told.filter(Boolean).join(', ') || say('whole')
 }
 
 export class MemoryPanel {
@@ -116,10 +113,11 @@ function headOf({ name, usable_bytes: usable, total_bytes: total }) {
 }
 
 /** Name, plan and bytes of a stage, above how much of its room it takes. */
-function rowOf({ stage, line, peak_bytes: peak, room_bytes: room, error }) {
+function rowOf(forecast) {
+  const { stage, peak_bytes: peak, room_bytes: room, error } = forecast
   const share = error ? 1 : room ? Math.min(1, peak / room) : 0
   const colour = error ? COLOURS.error : share > NEARLY ? COLOURS.full : COLOURS.fits
-  const plan = error ?? (room === null ? say('in_memory') : planOf(line))
+  const plan = error ?? (room === null ? say('in_memory') : planOf(forecast))
   const name = element('span', { flex: 'none' }, say(`stage_${stage.toLowerCase().replace(' ', '_')}`))
   const words = element('span', { ...SOFT, flex: '1', ...(error && { color: COLOURS.error }) }, plan)
   const row = element('div', {}, element('div', { ...ROW, alignItems: 'baseline' }, name, words, peak === null ? '' : gigabytes(peak)))
