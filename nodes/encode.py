@@ -140,7 +140,7 @@ class EncodeText(io.ComfyNode):
                     tooltip="cpu leaves the 11 GB text encoder in main memory: slow, but takes no room on the card.",
                 ),
                 io.Combo.Input(
-                    "precision",
+                    "text_precision",
                     optional=True,  # prompts of the API that were made before it was there stay valid
                     options=list(TEXT_PRECISIONS),
                     default=AUTO,
@@ -154,10 +154,10 @@ class EncodeText(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text_encoder, prompt, negative_prompt, device, precision=AUTO) -> io.NodeOutput:
+    def execute(cls, text_encoder, prompt, negative_prompt, device, text_precision=AUTO) -> io.NodeOutput:
         check_link("text_encoder", text_encoder, bridge.Model)
         check_choice("device", device, TEXT_DEVICES)
-        networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY, text_precision=precision)
+        networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY, text_precision=text_precision)
         texts = S2VPipeline(networks, bridge.check_interrupt).encode_prompts(prompt, negative_prompt)
         return io.NodeOutput(*([[embeddings, {}]] for embeddings in texts))
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import SamplingConfig
+from .errors import WanS2VError
 from .geometry import ClipGeometry, frames_of
 from .memory.budget import TEXT_BYTES, Choose, NoPlanFits, vae_plan, voice_bytes, whole
 from .memory.networks import Networks
@@ -82,7 +83,10 @@ def forecast_stage(networks: Networks, name: str, kind: str, choose: Choose) -> 
     room, doubt = networks.room(kind), None
     if room.device_bytes is None:
         return StageForecast(name, "in main memory, at full speed", None, None)
-    sizes = networks.sizes(kind)
+    try:
+        sizes = networks.sizes(kind)
+    except WanS2VError as error:
+        return StageForecast(name, "", None, room.device_bytes, str(error))
     try:
         planned = choose(room, sizes)
     except NoPlanFits as error:

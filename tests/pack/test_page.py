@@ -234,7 +234,7 @@ def test_memory_is_told_before_a_run(frontend, canvas, language, in_page):
         assert bytes_[0] < bytes_[2] < bytes_[1]
         assert tiles in large[number]["lines"][1] and tiles in tight[number]["lines"][1]
         assert large[number]["share"] < tight[number]["share"] < 1
-        assert "not enough memory" in small[number]["lines"][1] and small[number]["share"] == pytest.approx(1)
+        assert "tightest form" in small[number]["lines"][1] and small[number]["share"] == pytest.approx(1)
         assert float(preset[number]["lines"][2].split()[0]) > bytes_[1], "float32 takes more"
     asked = {"preset": "reference 480p", "vae_precision": "float32", "vram_limit_gb": "24", "demo": "1"}
     assert page["last"].items() >= asked.items() and "guidance_scale" not in page["last"]

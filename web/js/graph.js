@@ -117,7 +117,7 @@ function addSampler(facts, sampler) {
   }
   if (text?.type === 'WanS2VEncodeText') {
     facts.network(text, 'text_encoder')
-    facts.take(text, [], { device: 'text_device', precision: 'text_precision' })
+    facts.take(text, ['text_precision'], { device: 'text_device' })
   }
 }
 
