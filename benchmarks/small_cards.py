@@ -1,12 +1,14 @@
 """How much slower small cards are, and whether what the planner predicts is so. 14B with random weights.
 
     python benchmarks/small_cards.py forwards [--sizes 832x480 1280x704] [--caps 24 16 12 10 8 6] [--runs 5]
+    python benchmarks/small_cards.py stages
     python benchmarks/small_cards.py planner [--settings 20]
     python benchmarks/small_cards.py ram [--folder FOLDER]
 
 forwards: one forward of a second clip under a plan for each size of card, beside the same forward with everything on
 the card, one after the other in every run. A cap is the card's size; the allocator is allowed that less what CUDA
-takes. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main memory while a checkpoint of
+takes. stages: umT5, wav2vec and the VAE where 4 GB are free, and one pair of latent frames of 3840x2160 on a card of
+8 GB, beside the same with no limit. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main memory while a checkpoint of
 33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used where it is mapped.
 
 forwards and planner need a card that holds the whole model, and 80 GB of main memory; --tiny tries the script on a CPU.
@@ -14,20 +16,19 @@ Results go to small_cards_WHAT.json in --out, and as a table to the terminal.
 """
 
 import argparse
-import gc
 import json
 import random
 import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,16 +36,18 @@ sys.path.insert(0, str(ROOT))
 from wan_s2v_core.assets import CHECKPOINT, embedded  # noqa: E402
 from wan_s2v_core.bench.engine import RELEASED, loading_of, make_inputs, random_network, with_blocks  # noqa: E402
 from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
-from wan_s2v_core.bench.measure import device_name, now, read_commit  # noqa: E402
+from wan_s2v_core.bench.measure import PeakMemory, card_of, device_name, now, read_commit, release  # noqa: E402
+from wan_s2v_core.bench.stages import MeasuredNetworks  # noqa: E402
 from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2VModelConfig  # noqa: E402
 from wan_s2v_core.errors import OutOfMemory  # noqa: E402
+from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan, free_ram_bytes  # noqa: E402
-from wan_s2v_core.memory.networks import load_placed  # noqa: E402
+from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
-from wan_s2v_core.model.checkpoint import DIT, dit_name, official_dit_config  # noqa: E402
+from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
 from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
-from wan_s2v_core.pipeline import clip_shape  # noqa: E402
+from wan_s2v_core.pipeline import S2VPipeline, clip_shape  # noqa: E402
 from wan_s2v_core.prepare import accelerate  # noqa: E402
 
 TIMESTEP = 723.0
@@ -75,10 +78,10 @@ class Bench:
         return dit_plan(self.config, clip, self.loading.forward_way(self.config), MemoryLimits())(room, self.sizes)
 
     @torch.inference_mode()
-    def forward(self, shape: ForwardShape, plan: OffloadPlan, repeats: int = 1) -> tuple[float, int, int, torch.Tensor]:
+    def forward(self, shape: ForwardShape, plan: OffloadPlan, repeats: int = 1) -> tuple[float, int, int, Tensor]:
         """Seconds of the last of some forwards, peak bytes allocated and reserved, and the velocity."""
         release(self.device)
-        reset_peaks(self.device)
+        peak = PeakMemory(self.device)
         with self.placement.on(self.device, plan) as model:
             accelerate(model, AccelerationPlan(), plan)
             inputs, noise = make_inputs(self.config, shape, self.device)
@@ -88,38 +91,7 @@ class Bench:
                 velocity = model(noise, TIMESTEP, condition)
                 seconds = now(self.device) - began
             del condition, inputs
-        return seconds, *peaks(self.device), velocity.cpu()
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def reset_peaks(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peaks(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 0, 0
-    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-
-
-@contextmanager
-def capped(cap_gb: float | None, device: torch.device) -> Iterator[None]:
-    """No more than a card of that size has."""
-    if cap_gb is None or device.type != "cuda":
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((cap_gb * GB - CONTEXT_BYTES) / total, device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return seconds, peak.bytes() or 0, peak.held_bytes()[0], velocity.cpu()
 
 
 def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -132,7 +104,7 @@ def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[
         expected = None
         for run in range(-1, options.runs):  # the first compiles, locks memory and is not counted
             for cap, planned in plans.items():
-                with capped(cap, device):
+                with card_of(cap, device):
                     taken, allocated, reserved, velocity = bench.forward(shape, planned.plan)
                 expected = velocity if expected is None else expected
                 error = float((velocity - expected).norm() / expected.norm())
@@ -172,6 +144,52 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
+SMALLEST_GB, SMALL_GB = 4.8, 8.0
+"""Of a card with 4 GB free when CUDA has its own, and of one that many have."""
+
+
+@torch.inference_mode()
+def measure_stages(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Every stage but sampling, on a small card and with no limit."""
+    configs = {kind: config_of(options, kind) for kind in (TEXT_ENCODER, SPEECH_ENCODER, VAE)}
+    loading, rows = loading_of(options.precision, device), []
+    all_networks = {
+        kind: random_network(kind, config, loading, torch.device("cpu")) for kind, config in configs.items()
+    }
+    recording = read_recording(ROOT / "assets/voice.flac", 0.0, 60.0)
+    (width, height), (wide, high) = ((64, 64), (128, 96)) if options.tiny else ((1280, 704), (3840, 2160))
+    video = torch.rand(1, 3, 73, height, width) * 2 - 1
+    latents, large = torch.randn(1, 16, 21, height // 8, width // 8), torch.randn(1, 16, 2, high // 8, wide // 8)
+    works: dict[str, tuple[float, Callable[[S2VPipeline], Tensor]]] = {
+        "umT5, two prompts": (SMALLEST_GB, lambda pipeline: torch.cat(pipeline.encode_prompts("a", "man"), 1)),
+        f"wav2vec, {recording.seconds:.1f} s": (SMALLEST_GB, lambda it: it.encode_voice(recording).features),
+        f"VAE encode 73 frames {width}x{height}": (SMALLEST_GB, lambda pipeline: pipeline.encode(video)),
+        f"VAE decode 81 frames {width}x{height}": (SMALLEST_GB, lambda pipeline: pipeline.decode(latents.to(device))),
+        f"VAE decode 5 frames {wide}x{high}": (SMALL_GB, lambda pipeline: pipeline.decode(large.to(device))),
+    }
+    for name, (cap, work) in works.items():
+        results: dict[float | None, Tensor] = {}
+        for size in (None, cap):
+            networks = CheckpointNetworks({}, loading, limits=MemoryLimits(vram_limit_gb=size))
+            for kind, network in all_networks.items():
+                networks.put(kind, network)
+            measured = MeasuredNetworks(networks)
+            with card_of(size, device):
+                for _ in range(2):  # the first one compiles and is not counted
+                    release(device)
+                    results[size] = work(S2VPipeline(measured)).cpu()
+            row = asdict(measured.stages[-1]) | {"name": name, "cap_gb": size}
+            far = (results[size].float() - results[None].float()).norm() / results[None].float().norm()
+            rows.append(row | {"retries": retries(device), "difference": float(far)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def retries(device: torch.device) -> int:
+    """How often torch had to give free blocks back to get another, since the process began."""
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
+
+
 def measure_planner(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Few blocks, for time; every kind of layer is there."""
     chance, rows = random.Random(options.seed), []
@@ -188,7 +206,7 @@ def measure_planner(options: argparse.Namespace, device: torch.device) -> list[d
             except OutOfMemory as error:
                 rows.append(row | {"refused": str(error)})
                 continue
-            with capped(cap, device):
+            with card_of(cap, device):
                 _, allocated, reserved, _ = bench.forward(shape, planned.plan)
             ratio = planned.bytes / allocated if allocated else None
             facts = {"line": planned.line(bench.sizes), "predicted_bytes": planned.bytes, "ratio": ratio}
@@ -261,11 +279,11 @@ def write_checkpoint(folder: Path, config: S2VModelConfig, device: torch.device)
     return path.stat().st_size
 
 
-def config_of(options: argparse.Namespace) -> S2VModelConfig:
-    return find_part(embedded(CHECKPOINT), DIT).config if options.tiny else RELEASED[DIT]
+def config_of(options: argparse.Namespace, kind: str = DIT) -> Any:
+    return find_part(embedded(CHECKPOINT), kind).config if options.tiny else RELEASED[kind]
 
 
-MEASURES = {"forwards": measure_forwards, "planner": measure_planner, "ram": measure_ram}
+MEASURES = {"forwards": measure_forwards, "stages": measure_stages, "planner": measure_planner, "ram": measure_ram}
 
 
 def main() -> None:

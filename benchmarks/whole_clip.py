@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.bench.engine import RELEASED, SEED, random_network  # noqa: E402
-from wan_s2v_core.bench.measure import read_commit, relative_l2  # noqa: E402
+from wan_s2v_core.bench.measure import card_of, read_commit, relative_l2  # noqa: E402
 from wan_s2v_core.bench.other_networks import PROMPT  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks, MeasuredPipeline  # noqa: E402
 from wan_s2v_core.conditioning.bundle import make_conditioning  # noqa: E402
@@ -40,7 +40,6 @@ from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
-from wan_s2v_core.memory.budget import CONTEXT_BYTES  # noqa: E402
 from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
@@ -50,6 +49,7 @@ from wan_s2v_core.render import write_video  # noqa: E402
 
 VAE_SIZES = ((832, 480), (1280, 704))
 COPY_BYTES = 4 << 30
+BYTES_SHOWN = ("held", "peak", "planned", "reserved", "device")
 
 
 def synchronize() -> None:
@@ -110,14 +110,11 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
     began = now()
     limits = MemoryLimits(vram_limit_gb=options.vram_limit_gb)
     networks = MeasuredNetworks(random_networks(sizes, precision, device, place == "offload", limits))
-    if options.vram_limit_gb and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((options.vram_limit_gb * 1e9 - CONTEXT_BYTES) / total, device)
     build_seconds = now() - began
     weights = {kind: weight_bytes(network) for kind, network in networks.networks.loaded.items()}
     pipeline, steps, finite = MeasuredPipeline(networks), [], True
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, card_of(options.vram_limit_gb, device):
         target = Path(folder) / "clip.mp4"
         began = now()
         with networks.without_network("read recording and picture"):
@@ -149,6 +146,8 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
         "seconds": total,
         "transfer_seconds": sum(stage.in_seconds + stage.out_seconds for stage in networks.stages),
         "peak_bytes": max(stage.peak_bytes for stage in networks.stages),
+        "reserved_bytes": max(stage.reserved_bytes for stage in networks.stages),
+        "device_bytes": max(stage.device_bytes for stage in networks.stages),
         "main_memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "stages": [asdict(stage) for stage in networks.stages],
         "is_finite": finite,
@@ -160,7 +159,7 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
 def print_stages(result: dict[str, Any]) -> None:
     for stage in result["stages"]:
         times = " ".join(f"{stage[name]:8.2f}" for name in ("in_seconds", "seconds", "out_seconds"))
-        sizes = " ".join(f"{stage[name] / 1e9:7.2f}" for name in ("held_bytes", "peak_bytes", "planned_bytes"))
+        sizes = " ".join(f"{stage[f'{name}_bytes'] / 1e9:7.2f}" for name in BYTES_SHOWN)
         print(f"{stage['name']:32} {times}  {sizes}", flush=True)
 
 

@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..memory.budget import CONTEXT_BYTES
 
 Call = Callable[[], Any]
 
@@ -44,6 +46,20 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def card_of(size_gb: float | None, device: torch.device) -> Iterator[None]:
+    """Allow no more of a card than one of that size would have; None: all of it."""
+    if size_gb is None or device.type != "cuda":
+        yield
+        return
+    fraction = (size_gb * 1e9 - CONTEXT_BYTES) / device_bytes(device)
+    torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device.index or 0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index or 0)
 
 
 def time_call(call: Call, device: torch.device) -> float:
@@ -98,6 +114,13 @@ class PeakMemory:
             return None
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    def held_bytes(self) -> tuple[int, int]:
+        """Of a card: what torch held at most, free blocks included, and what is in use now, as the driver says."""
+        if self.device.type != "cuda":
+            return 0, 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return torch.cuda.max_memory_reserved(self.device), total - free
 
 
 @dataclass(frozen=True)

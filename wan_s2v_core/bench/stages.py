@@ -27,6 +27,10 @@ class Stage:
     peak_bytes: int | None = 0
     planned_bytes: int = 0
     """What the pipeline thought it needs besides `held_bytes`; 0 where it has no opinion."""
+    reserved_bytes: int = 0
+    """What torch held at most, free blocks included."""
+    device_bytes: int = 0
+    """Of the card in use when it ended, as the driver says: with CUDA's own and what other processes use."""
 
     @property
     def moving_seconds(self) -> float:
@@ -50,10 +54,11 @@ class MeasuredNetworks:
             ready, most = now(self.device), PeakMemory(self.device)
             held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
             yield network
-            done, peak = now(self.device), most.bytes()
+            done, peak, (reserved, in_use) = now(self.device), most.bytes(), most.held_bytes()
         out_seconds = now(self.device) - done
         name = self.name or kind
-        self.stages.append(Stage(name, done - ready, ready - began, out_seconds, held, peak, planned.working_bytes))
+        times = done - ready, ready - began, out_seconds
+        self.stages.append(Stage(name, *times, held, peak, planned.working_bytes, reserved, in_use))
 
     @contextmanager
     def called(self, name: str) -> Iterator[None]:
