@@ -8,9 +8,8 @@
 forwards: one forward of a second clip under a plan for each size of card, beside the same forward with everything on
 the card, one after the other in every run. A cap is the card's size; the allocator is allowed that less what CUDA
 takes. stages: umT5, wav2vec and the VAE where 4 GB are free, and one pair of latent frames of 3840x2160 on a card of
-8 GB, beside the same with no limit. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main
-memory while a checkpoint of 33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used
-where it is mapped.
+8 GB, beside the same with no limit. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main memory while a checkpoint of
+33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used where it is mapped.
 
 forwards and planner need a card that holds the whole model, and 80 GB of main memory; --tiny tries the script on a CPU.
 Results go to small_cards_WHAT.json in --out, and as a table to the terminal.

@@ -5,7 +5,6 @@ only embeds the noisy latents. Source: Wan2.2 model_s2v.py at 42bf4cf (Apache-2.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -119,15 +118,11 @@ class Head(nn.Module):
         return torch.cat([self.out(norm_rows(part, shift, scale, self.eps)) for part in parts], dim=1)
 
 
-OnCondition = Callable[["S2VTransformer", ClipCondition], None]
-"""Called with each condition that a model has made."""
-
-
 class S2VTransformer(nn.Module):
     """Wan2.2 S2V: the velocity of a clip's latents, given a picture, a voice, a prompt, a pose and the past.
 
     `tokens_at_once` is a seam for slices: how many noisy tokens are embedded at once, in whole latent frames; None is
-    all of them. `on_condition` is one for what is prepared for a clip.
+    all of them.
     """
 
     def __init__(self, config: S2VModelConfig):
@@ -147,7 +142,6 @@ class S2VTransformer(nn.Module):
         self.stack = BlockStack(config)
         self.head = Head(config)
         self.tokens_at_once: int | None = None
-        self.on_condition: OnCondition | None = None
 
     FULL_PRECISION = ("segment_embedding", "time_", "audio_encoder", "head.", "modulation", "cross_norm", ".gate.")
     """Parameters that stay float32, as the reference computes them; injector modulations are products and do not."""
@@ -184,7 +178,7 @@ class S2VTransformer(nn.Module):
             for names in (("text",), ("reference_latents", "motion_latents"))
         )
         shares_places = shares_sides and grid == like.grid
-        condition = ClipCondition(
+        return ClipCondition(
             inputs=inputs,
             grid=grid,
             side_tokens=like.side_tokens if shares_sides else self._embed_sides(inputs),
@@ -195,9 +189,6 @@ class S2VTransformer(nn.Module):
             frame_index=like.frame_index if shares_places else self._frame_index(grid),
             branch=branch,
         )
-        if self.on_condition is not None:
-            self.on_condition(self, condition)
-        return condition
 
     def _embed_sides(self, inputs: ClipInputs) -> Tensor:
         """Reference and motion tokens, B L E."""
