@@ -8,8 +8,9 @@
 forwards: one forward of a second clip under a plan for each size of card, beside the same forward with everything on
 the card, one after the other in every run. A cap is the card's size; the allocator is allowed that less what CUDA
 takes. stages: umT5, wav2vec and the VAE where 4 GB are free, and one pair of latent frames of 3840x2160 on a card of
-8 GB, beside the same with no limit. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main memory while a checkpoint of
-33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used where it is mapped.
+8 GB, beside the same with no limit. planner: random sizes, caps and precisions, predicted and measured peaks. ram: main
+memory while a checkpoint of 33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used
+where it is mapped.
 
 forwards and planner need a card that holds the whole model, and 80 GB of main memory; --tiny tries the script on a CPU.
 Results go to small_cards_WHAT.json in --out, and as a table to the terminal.
@@ -102,7 +103,7 @@ def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[
         seconds: dict[float | None, list[float]] = {cap: [] for cap in plans}
         facts: dict[float | None, dict[str, Any]] = {}
         expected = None
-        for run in range(-1, options.runs):  # the first compiles, locks memory and is not counted
+        for run in range(-options.warm_ups, options.runs):  # a first one compiles and locks memory
             for cap, planned in plans.items():
                 with card_of(cap, device):
                     taken, allocated, reserved, velocity = bench.forward(shape, planned.plan)
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=sides, type=lambda size: tuple(map(int, size.split("x"))))
     parser.add_argument("--caps", nargs="+", default=[24.0, 16.0, 12.0, 10.0, 8.0, 6.0], type=float, help="GB")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--warm_ups", type=int, default=1, help="runs before those that count")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--settings", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=6, help="of the DiT, for planner")

@@ -83,12 +83,10 @@ def reset_peak() -> None:
 
 
 @torch.inference_mode()
-def random_networks(
-    sizes: dict[str, Any], precision: str, device: torch.device, offload: bool, limits: MemoryLimits
-) -> CheckpointNetworks:
+def random_networks(sizes: dict[str, Any], precision: str, device: torch.device, offload: bool) -> CheckpointNetworks:
     """All four, resting where offload or its absence has them."""
     loading = plan_loading(precision, device)
-    networks = CheckpointNetworks({}, loading, offload, limits=limits)
+    networks = CheckpointNetworks({}, loading, offload)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
         networks.put(kind, random_network(kind, sizes[kind], loading, home))
@@ -99,22 +97,34 @@ def weight_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
 
 
-def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Seconds and bytes of every stage, and what the file holds."""
+def make_videos(
+    case: str, options: argparse.Namespace, sizes: dict[str, Any], device: torch.device
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A video for each limit, one by one: its name, and what it cost."""
     precision, _, place = case.rpartition("-")
+    began = now()
+    networks = random_networks(sizes, precision, device, place == "offload")
+    build_seconds = now() - began
+    for limit in options.vram_limit_gb:
+        networks.limits = MemoryLimits(vram_limit_gb=limit)
+        result = make_video(networks, limit, options, device) | {"build_seconds": build_seconds}
+        yield case if limit is None else f"{case}-{limit:g}GB", result
+
+
+def make_video(
+    networks: CheckpointNetworks, limit_gb: float | None, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Seconds and bytes of every stage, and what the file holds."""
     width, height = options.size
     video = VideoConfig(exact_size=(height, width))
     sampling = SamplingConfig(steps=options.steps, seed=SEED)
     settings = {"video": video.to_dict(), "sampling": sampling.to_dict(), "pose": options.pose}
 
-    began = now()
-    limits = MemoryLimits(vram_limit_gb=options.vram_limit_gb)
-    networks = MeasuredNetworks(random_networks(sizes, precision, device, place == "offload", limits))
-    build_seconds = now() - began
-    weights = {kind: weight_bytes(network) for kind, network in networks.networks.loaded.items()}
+    weights = {kind: weight_bytes(network) for kind, network in networks.loaded.items()}
+    networks = MeasuredNetworks(networks)
     pipeline, steps, finite = MeasuredPipeline(networks), [], True
 
-    with tempfile.TemporaryDirectory() as folder, card_of(options.vram_limit_gb, device):
+    with tempfile.TemporaryDirectory() as folder, card_of(limit_gb, device):
         target = Path(folder) / "clip.mp4"
         began = now()
         with networks.without_network("read recording and picture"):
@@ -139,10 +149,9 @@ def make_video(case: str, options: argparse.Namespace, sizes: dict[str, Any], de
     return {
         "size": f"{width}x{height}",
         "clips": options.clips,
-        "vram_limit_gb": options.vram_limit_gb,
+        "vram_limit_gb": limit_gb,
         "settings": settings,
         "weight_bytes": weights,
-        "build_seconds": build_seconds,
         "seconds": total,
         "transfer_seconds": sum(stage.in_seconds + stage.out_seconds for stage in networks.stages),
         "peak_bytes": max(stage.peak_bytes for stage in networks.stages),
@@ -330,7 +339,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", default="832x480", type=lambda size: tuple(map(int, size.split("x"))))
-    parser.add_argument("--vram_limit_gb", type=float, help="plan for a card of that size, and allow no more")
+    parser.add_argument(
+        "--vram_limit_gb",
+        type=float,
+        nargs="+",
+        default=[None],
+        help="plan for cards of these sizes, and allow no more",
+    )
     parser.add_argument("--pose", action="store_true", help="with a driving video: the portrait, held")
     parser.add_argument("--tiny", action="store_true", help="the embedded checkpoint's sizes on the CPU")
     parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")
@@ -346,18 +361,21 @@ def main() -> None:
     report["gpu"] = "none" if options.tiny else torch.cuda.get_device_name()
     for case in options.cases:
         if case == "vae":
-            result = measure_vae(options, sizes, device)
+            results = [(case, measure_vae(options, sizes, device))]
         elif case in ("vae-profile", "copies"):
-            result = profile_vae() if case == "vae-profile" else measure_copies()
-            print(json.dumps(result), flush=True)
+            results = [(case, profile_vae() if case == "vae-profile" else measure_copies())]
+            print(json.dumps(results[0][1]), flush=True)
         elif re.fullmatch(r".+-(offload|resident)", case):
-            result = make_video(case, options, sizes, device)
-            print_stages(result)
-            print(json.dumps({key: value for key, value in result.items() if key != "stages"}), flush=True)
+            results = make_videos(case, options, sizes, device)
         else:
             parser.error(f"case {case!r} is not known. Use vae, vae-profile, copies, or such as bfloat16-offload.")
-        report["cases"][case] = result
-        options.out.write_text(json.dumps(report, indent=1))
+        for name, result in results:
+            if "stages" in result:
+                print(name)
+                print_stages(result)
+                print(json.dumps({key: value for key, value in result.items() if key != "stages"}), flush=True)
+            report["cases"][name] = result
+            options.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

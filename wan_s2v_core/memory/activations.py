@@ -74,6 +74,13 @@ def activation_terms(config: S2VModelConfig, shape: ClipShape, way: ForwardWay) 
     }
 
 
+def gap_bytes(config: S2VModelConfig, shape: ClipShape, way: ForwardWay) -> int:
+    """What must be free besides, because it lies between tensors and is too small for the next one: less than two rows
+    of the tokens that are taken at once. Measured, see "Small cards" in benchmarks/README.md."""
+    phases = Phases(config, shape, way)
+    return 2 * phases.row * phases.at_once
+
+
 def latents_bytes(config: S2VModelConfig, shape: ClipShape) -> int:
     """Noise, velocity and pose of a clip."""
     frames, rows, columns = shape.grid

@@ -10,7 +10,7 @@ from ..geometry import PIXELS_PER_LATENT
 from ..model.audio_encoder import SPEECH_FEATURE_HZ
 from ..model.long_speech import WINDOWS, Windows
 from ..model.vae_parts import VaeParts
-from .activations import ClipShape, ForwardWay, activation_bytes
+from .activations import ClipShape, ForwardWay, activation_bytes, gap_bytes
 from .placement import Placement
 from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
 
@@ -126,10 +126,16 @@ class Planned:
     plan: OffloadPlan = OffloadPlan()  # noqa: RUF009  (frozen)
     weight_bytes: int = 0
     working_bytes: int = 0
+    gap_bytes: int = 0
+    """What must be free besides."""
 
     @property
     def bytes(self) -> int:
         return self.weight_bytes + self.working_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        return self.bytes + self.gap_bytes
 
     def line(self, sizes: Sizes) -> str:
         """The plan as a person reads it."""
@@ -155,8 +161,8 @@ class NoPlanFits(OutOfMemory):
         self.tightest = tightest
 
 
-Working = Callable[[OffloadPlan], int]
-"""What a stage takes besides weights under a plan, in bytes."""
+Working = Callable[[OffloadPlan], tuple[int, int]]
+"""What a stage takes besides weights under a plan, and what must be free besides, in bytes."""
 Candidates = Callable[[Sizes], Iterator[OffloadPlan]]
 """Plans from the fastest to the tightest, with no layers that stay or those that are asked for."""
 Choose = Callable[[Room, Sizes], Planned]
@@ -174,14 +180,14 @@ def plan_stage(candidates: Candidates, working: Working, room: Room, sizes: Size
     least = None
     for plan in candidates(sizes):
         plan = replace(plan, locks=fits_ram(sizes, room))
-        planned = Planned(plan, sizes.on_device(plan), working(plan))
+        planned = Planned(plan, sizes.on_device(plan), *working(plan))
         if room.device_bytes is None:
             return planned
-        if planned.bytes <= room.usable_bytes:
+        if planned.room_bytes <= room.usable_bytes:
             return with_residents(planned, room, sizes) if fills and plan.swaps else planned
-        least = planned if least is None or planned.bytes < least.bytes else least
+        least = planned if least is None or planned.room_bytes < least.room_bytes else least
     raise NoPlanFits(
-        f"it needs {(least.bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
+        f"it needs {(least.room_bytes + MARGIN_BYTES) / (1 - MARGIN_SHARE) / 1e9:.1f} GB in its tightest form, "
         f"{room.device_bytes / 1e9:.1f} GB are free",
         least,
     )
@@ -189,11 +195,11 @@ def plan_stage(candidates: Candidates, working: Working, room: Room, sizes: Size
 
 def with_residents(planned: Planned, room: Room, sizes: Sizes) -> Planned:
     """As many layers as fit stay on the device."""
-    plan = planned.plan
     for count in range(len(sizes.blocks), 0, -1):
-        more = replace(plan, resident_layers=count)
-        if (weights := sizes.on_device(more)) + planned.working_bytes <= room.usable_bytes:
-            return Planned(more, weights, planned.working_bytes)
+        plan = replace(planned.plan, resident_layers=count)
+        more = replace(planned, plan=plan, weight_bytes=sizes.on_device(plan))
+        if more.room_bytes <= room.usable_bytes:
+            return more
     return planned
 
 
@@ -234,9 +240,9 @@ def dit_plan(config: S2VModelConfig, shape: ClipShape, way: ForwardWay, limits: 
         way: how a forward computes, but for what the plan decides.
     """
 
-    def working(plan: OffloadPlan) -> int:
+    def working(plan: OffloadPlan) -> tuple[int, int]:
         made = replace(way, slice_tokens=plan.slice_tokens, keeps_keys_values=plan.keeps_keys_values)
-        return activation_bytes(config, shape, made)
+        return activation_bytes(config, shape, made), gap_bytes(config, shape, made)
 
     fills = limits.resident_blocks is None
     return lambda room, sizes: plan_stage(dit_candidates(limits), working, room, sizes, fills)
@@ -262,8 +268,8 @@ def vae_plan(work: VaeWork, way: VaeWay | None, limits: MemoryLimits) -> Choose:
                 if side is None or side >= LARGE_TILE or not holds_pixels or limits.tile_px:
                     yield OffloadPlan(tile_px=side, holds_pixels=holds_pixels)
 
-    def working(plan: OffloadPlan) -> int:
-        return vae_bytes(replace(work, parts=VaeParts(plan.tile_px, is_apart=not plan.holds_pixels)))
+    def working(plan: OffloadPlan) -> tuple[int, int]:
+        return vae_bytes(replace(work, parts=VaeParts(plan.tile_px, is_apart=not plan.holds_pixels))), 0
 
     return lambda room, sizes: plan_stage(candidates, working, room, sizes)
 
@@ -278,7 +284,7 @@ def layer_candidates(sizes: Sizes) -> Iterator[OffloadPlan]:
 
 def whole(working_bytes: int) -> Choose:
     """For a stage that has one way, or several whose layers come and go."""
-    return lambda room, sizes: plan_stage(layer_candidates, lambda plan: working_bytes, room, sizes)
+    return lambda room, sizes: plan_stage(layer_candidates, lambda plan: (working_bytes, 0), room, sizes)
 
 
 def tighter(room: Room, planned: Planned) -> Room:
