@@ -12,17 +12,20 @@ takes. stages: umT5, wav2vec and the VAE where 4 GB are free, and one pair of la
 memory while a checkpoint of 33 GB, written to FOLDER first, is loaded into pieces of its own, and while it is used
 where it is mapped.
 
-forwards and planner need a card that holds the whole model, and 80 GB of main memory; --tiny tries the script on a CPU.
+forwards and planner need a card that holds the whole model, and 80 GB of main memory. ram runs without a card as well,
+with a small clip. --tiny tries the script on a CPU.
 Results go to small_cards_WHAT.json in --out, and as a table to the terminal.
 """
 
 import argparse
 import json
+import math
 import random
 import re
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,9 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.assets import CHECKPOINT, embedded  # noqa: E402
-from wan_s2v_core.bench.engine import RELEASED, loading_of, make_inputs, random_network, with_blocks  # noqa: E402
+from wan_s2v_core.bench.engine import RELEASED, loading_of, make_inputs, meta_network, random_network, with_blocks  # noqa: E402
 from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
 from wan_s2v_core.bench.measure import PeakMemory, card_of, device_name, now, read_commit, release  # noqa: E402
+from wan_s2v_core.bench.random_weights import random_tensor, shapes_of  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks  # noqa: E402
 from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2VModelConfig  # noqa: E402
 from wan_s2v_core.errors import OutOfMemory  # noqa: E402
@@ -46,7 +50,6 @@ from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_
 from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
-from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
 from wan_s2v_core.pipeline import S2VPipeline, clip_shape  # noqa: E402
 from wan_s2v_core.prepare import accelerate  # noqa: E402
@@ -74,7 +77,8 @@ class Bench:
     def plan(self, shape: ForwardShape, cap_gb: float | None, has_pose: bool = True) -> Planned:
         """As the sampler would for one guidance branch."""
         size = shape.height_px, shape.width_px
-        clip = clip_shape(self.config, size, shape.latent_frames, shape.motion_latents, has_pose)
+        past = shape.motion_latents if shape.has_motion else 0
+        clip = clip_shape(self.config, size, shape.latent_frames, past, has_pose)
         room = Room(None if cap_gb is None else round(cap_gb * GB) - CONTEXT_BYTES)
         return dit_plan(self.config, clip, self.loading.forward_way(self.config), MemoryLimits())(room, self.sizes)
 
@@ -195,7 +199,7 @@ def measure_planner(options: argparse.Namespace, device: torch.device) -> list[d
     """Few blocks, for time; every kind of layer is there."""
     chance, rows = random.Random(options.seed), []
     for precision in ("bfloat16", "float8", "float8-weights"):
-        bench = Bench(with_blocks(config_of(options), options.blocks), precision, device)
+        bench = Bench(with_blocks(config_of(options), options.blocks or 6), precision, device)
         for _ in range(-(-options.settings // 3)):
             sides = (128, 192) if options.tiny else (480, 1280)
             width, height = (chance.randrange(*sides, 16) for _ in range(2))
@@ -226,58 +230,82 @@ def status_bytes(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+class AnonymousPeak:
+    """The most main memory that this process holds besides what it maps from files, beyond what it began with."""
+
+    def __enter__(self) -> "AnonymousPeak":
+        self.before = self.most = status_bytes("RssAnon")
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.01):
+            self.most = max(self.most, status_bytes("RssAnon"))
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    @property
+    def bytes(self) -> int:
+        return self.most - self.before
+
+
 def measure_ram(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Two ways to hold a checkpoint in main memory; the mapped one computes a forward as well."""
     config, rows = config_of(options), []
+    if options.blocks:
+        config = with_blocks(config, options.blocks)
+    shape = ForwardShape(832, 480) if device.type == "cuda" else ForwardShape(64, 64)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        size = write_checkpoint(Path(folder), config, device)
-        for packs in (False, True):
+        size = write_checkpoint(Path(folder), config)
+        for packs in (way == "packed" for way in options.ways):
             release(device)
-            before, seen = status_bytes("RssAnon"), []
-            import wan_s2v_core.model.loading as loading_module
-
-            plain = loading_module.place
-            loading_module.place = lambda *given, plain=plain, seen=seen: (
-                seen.append(status_bytes("RssAnon")),
-                plain(*given),
-            )
-            began = now(device)
-            try:
+            with AnonymousPeak() as peak:
+                began = now(device)
                 placement = load_placed(folder, DIT, loading_of("bfloat16", device), packs)
-            finally:
-                loading_module.place = plain
-            row = {
-                "file_bytes": size,
-                "packs": packs,
-                "seconds": now(device) - began,
-                "most_anonymous_bytes": max(seen) - before,
-                "anonymous_bytes": status_bytes("RssAnon") - before,
-                "most_resident_bytes": status_bytes("VmHWM"),
-            }
+                row = {"file_bytes": size, "packs": packs, "load_seconds": now(device) - began}
+            row["most_loading_bytes"] = peak.bytes
             if not packs:
                 bench = Bench.__new__(Bench)
                 bench.config, bench.device, bench.placement = config, device, placement
                 bench.loading, bench.sizes = loading_of("bfloat16", device), Sizes.of(placement)
-                shape = ForwardShape(64, 64) if options.tiny else ForwardShape(832, 480)
                 plan = replace(bench.plan(shape, options.caps[-1]).plan, locks=False)
-                seconds = bench.forward(shape, plan, 3)[0]
-                row |= {"forward_seconds": seconds, "with_forward_bytes": status_bytes("RssAnon") - before}
+                with AnonymousPeak() as working:
+                    row["forward_seconds"] = bench.forward(shape, plan)[0]
+                row |= {"most_working_bytes": working.bytes + working.before - peak.before, "plan": plan.to_dict()}
+                del bench
+            row["most_resident_bytes"] = status_bytes("VmHWM")
             rows.append(row)
             print(json.dumps(row), f"free: {free_ram_bytes() / GB:.1f} GB", flush=True)
             del placement
     return rows
 
 
-def write_checkpoint(folder: Path, config: S2VModelConfig, device: torch.device) -> int:
-    """One file in bfloat16, as repackaged ones are -> its bytes."""
+SHARD_BYTES = 4_000_000_000
+
+
+def write_checkpoint(folder: Path, config: S2VModelConfig) -> int:
+    """The DiT in bfloat16 with random weights, in shards as the official one is -> their bytes."""
     from safetensors.torch import save_file
 
-    network: S2VTransformer = random_network(DIT, config, loading_of("bfloat16", device), torch.device("cpu"))
-    weights = {dit_name(name): value.bfloat16().contiguous() for name, value in network.state_dict().items()}
-    path = folder / "diffusion_pytorch_model.safetensors"
-    save_file(weights, path)
+    network = meta_network(DIT, config, loading_of("bfloat16", torch.device("cpu")))
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    for name, shape in shapes_of(network):
+        if sum(2 * math.prod(one) for _, one in [*shards[-1], (name, shape)]) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append((name, shape))
+    files, depth = {}, 3 * config.blocks
+    for number, shard in enumerate(shards, 1):
+        path = folder / f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
+        weights = {dit_name(name): random_tensor(name, shape, 0, depth, "cpu").bfloat16() for name, shape in shard}
+        save_file(weights, path)
+        files |= dict.fromkeys(weights, path.name)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text(json.dumps(official_dit_config(config)))
-    return path.stat().st_size
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def config_of(options: argparse.Namespace, kind: str = DIT) -> Any:
@@ -297,14 +325,15 @@ def main() -> None:
     parser.add_argument("--warm_ups", type=int, default=1, help="runs before those that count")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--settings", type=int, default=20)
-    parser.add_argument("--blocks", type=int, default=6, help="of the DiT, for planner")
+    parser.add_argument("--blocks", type=int, help="of the DiT, at most, for planner (6) and ram (all)")
+    parser.add_argument("--ways", nargs="+", choices=("mapped", "packed"), default=["mapped", "packed"], help="for ram")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--folder", type=Path, help="on a disk with 33 GB, for ram; the temporary folder by default")
     parser.add_argument("--tiny", action="store_true", help="the embedded checkpoint's sizes on the CPU")
     parser.add_argument("--commit", default=read_commit(), help="to record, where the checkout has no git history")
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
-    device = torch.device("cpu" if options.tiny else "cuda")
+    device = torch.device("cpu" if options.tiny or not torch.cuda.is_available() else "cuda")
     if options.tiny:
         options.sizes = [(64, 64)]
     rows = MEASURES[options.what](options, device)

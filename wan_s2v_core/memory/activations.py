@@ -15,6 +15,10 @@ FLOAT, COMPLEX, INTEGER = 4, 8, 8
 """Bytes of the stream's numbers, of a rotation and of an index."""
 
 
+GAP_ROWS = 3
+"""Rows of the compute precision for each token that is taken at once, see `gap_bytes`."""
+
+
 @dataclass(frozen=True)
 class ClipShape:
     """How many tokens there are."""
@@ -75,10 +79,10 @@ def activation_terms(config: S2VModelConfig, shape: ClipShape, way: ForwardWay) 
 
 
 def gap_bytes(config: S2VModelConfig, shape: ClipShape, way: ForwardWay) -> int:
-    """What must be free besides, because it lies between tensors and is too small for the next one: less than two rows
-    of the tokens that are taken at once. Measured, see "Small cards" in benchmarks/README.md."""
+    """What must be free besides, because it lies between tensors and is too small for the next one. Of those that are
+    taken at once, see `tests/core/test_gaps.py` for what torch's allocator makes of the tensors of a forward."""
     phases = Phases(config, shape, way)
-    return 2 * phases.row * phases.at_once
+    return GAP_ROWS * phases.row * phases.at_once
 
 
 def latents_bytes(config: S2VModelConfig, shape: ClipShape) -> int:

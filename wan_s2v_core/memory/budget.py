@@ -30,8 +30,9 @@ def vae_bytes(work: VaeWork) -> int:
     return needed + work.way.margin(needed)
 
 
-VOICE_BYTES_PER_SECOND = 34_000_000
-"""Of wav2vec large in float32: 23 MB in its first convolutions and 10 MB for all hidden states and a copy of them."""
+VOICE_BYTES_PER_SECOND = 29_000_000
+"""Of wav2vec large in float32: 26.3 MB on an H200, most of it in its first convolutions; 28.5 MB for each second of a
+window that attends to ten minutes."""
 VOICE_BYTES_PER_KEY = 25_000
 """Of wav2vec large in float32, for each frame that a window of a long recording attends to outside itself."""
 
