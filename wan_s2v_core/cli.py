@@ -85,6 +85,7 @@ def run_generate(options: argparse.Namespace) -> int:
         keep_clips=options.keep_clips,
         split_experts=options.split_experts,
         noise_expert=options.noise_expert,
+        cache_dir=options.cache_dir,
         **({} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}),
     )
     video = VideoConfig(
@@ -377,6 +378,11 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     )
     add("--hear_past", action="store_true", help="a clip hears what was said before it, not its first moment held")
     add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
+    add(
+        "--cache_dir",
+        metavar="FOLDER",
+        help="keep encoded voices and prompts there: later runs with the same ones load neither encoder",
+    )
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
     add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .conditioning.bundle import make_conditioning, size_of_video
+from .conditioning.bundle import Voice, make_conditioning, size_of_video
 from .conditioning.image import read_picture, to_frames
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -24,17 +25,22 @@ from .config import (
 from .errors import ConfigError
 from .forecast import JobFacts, StageForecast, forecast
 from .geometry import ClipGeometry
-from .io.audio import read_recording
+from .io.audio import Recording, check_recording, read_recording
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
+from .io.digest import digest_of
+from .io.encodings import EncodingStore
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
-from .model.checkpoint import DIT
+from .memory.networks import CheckpointNetworks
+from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
 from .model.loading import find_part
 from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, LoadPlan, choose_routing, plan_loading
+from .prepare import AUTO, LoadPlan, choose_routing, file_stamp, plan_loading
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
 
+ENCODING_FORMAT = 1
+"""To be raised when encoders make something else of the same."""
 FRAMES_AT_ONCE = 8
 """Written between two looks at whether to stop."""
 
@@ -65,6 +71,8 @@ class RenderRequest(JsonConfig):
     """Into so many experts the feed-forwards of a dense model are split."""
     noise_expert: str | None = None
     """File or folder of a second DiT, which serves where the noise is below the boundary of the sampling."""
+    cache_dir: str | None = None
+    """Folder in which encoded voices and prompts are kept for other runs."""
 
     def __post_init__(self):
         self.loading(AccelerationPlan())
@@ -138,8 +146,7 @@ def render(
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
     loading.attention(config)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)
-    voice = pipeline.encode_voice(recording, folder=target.absolute().parent)
-    text, negative_text = pipeline.encode_prompts(request.prompt, request.negative_prompt)
+    voice, text, negative_text = encode(pipeline, networks, request, recording)
     conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
     height, width = conditioning.size_px
     log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
@@ -168,6 +175,43 @@ def render(
     seconds = time.monotonic() - began
     frames, clips = store.stored.frames, conditioning.clips
     return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
+
+
+def encode(
+    pipeline: S2VPipeline, networks: CheckpointNetworks, request: RenderRequest, recording: Recording
+) -> tuple[Voice, Tensor, Tensor]:
+    """The voice, the prompt and the negative prompt; as an earlier run made them where the request keeps them."""
+
+    def voice() -> dict[str, Tensor]:
+        return {"features": pipeline.encode_voice(recording, folder=Path(request.save_file).absolute().parent).features}
+
+    def texts() -> dict[str, Tensor]:
+        return dict(zip(("prompt", "negative_prompt"), pipeline.encode_prompts(*prompts), strict=True))
+
+    prompts = request.prompt, request.negative_prompt
+    if request.cache_dir is None:
+        heard, read = voice(), texts()
+    else:
+        check_recording(recording)
+        store, (audio_facts, text_facts) = EncodingStore(Path(request.cache_dir)), encoder_facts(networks)
+        heard = store.get("voice", digest_of(audio_facts, recording.speech()), voice)
+        read = store.get("text", digest_of({**text_facts, "prompts": prompts}), texts)
+    return Voice(recording, heard["features"]), read["prompt"], read["negative_prompt"]
+
+
+def encoder_facts(networks: CheckpointNetworks) -> list[dict[str, Any]]:
+    """All that shapes what the audio and the text encoder make besides what they are given, as JSON."""
+    return [
+        {
+            "format": ENCODING_FORMAT,
+            "torch": torch.__version__,
+            "device": networks.device_of(kind).type,
+            "dtype": str(networks.loading.dtype(kind)),
+            "in_8_bits": kind == TEXT_ENCODER and networks.loading.text_in_8_bits,
+            "files": [file_stamp(file) for file in find_part(networks.paths[kind], kind).weights.files],
+        }
+        for kind in (SPEECH_ENCODER, TEXT_ENCODER)
+    ]
 
 
 def forecast_render(
