@@ -1,4 +1,4 @@
-"""Plans leave room for what torch's allocator cannot use: forwards at real size, of tensors without data."""
+"""Plans leave room for what torch's allocator cannot use: forwards and VAE at real size, of tensors without data."""
 
 import contextlib
 import importlib
@@ -15,13 +15,16 @@ from wan_s2v_core.bench.engine import RELEASED, loading_of, meta_network, with_b
 from wan_s2v_core.bench.flops import ForwardShape
 from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.memory.activations import ForwardWay
-from wan_s2v_core.memory.budget import CONTEXT_BYTES, NoPlanFits, Planned, Room, Sizes, dit_plan
+from wan_s2v_core.memory.budget import CONTEXT_BYTES, NoPlanFits, Planned, Room, Sizes, dit_plan, vae_plan
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.memory.slices import slice_tokens
+from wan_s2v_core.memory.vae_room import KERNELS, VaeWork, peak_bytes
 from wan_s2v_core.model import attention
 from wan_s2v_core.model.checkpoint import DIT
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer
 from wan_s2v_core.model.loading import set_types
+from wan_s2v_core.model.vae import VideoVAE
+from wan_s2v_core.model.vae_parts import VaeParts
 from wan_s2v_core.pipeline import clip_shape
 from wan_s2v_core.seams import Rows8
 
@@ -161,3 +164,45 @@ def test_no_plan_runs_out_of_memory(without_kernels, precision, bits, fresh_seed
         except torch.OutOfMemoryError as error:
             raise AssertionError(f"{error}: {case}") from error
         assert 0.9 < planned.bytes / card.most_allocated < 1.1, (card.most_allocated, case)
+
+
+@pytest.fixture
+def fast_vae(without_kernels, monkeypatch):
+    """With kernels, which a card would have."""
+    from wan_s2v_core.acceleration.vae import network
+
+    monkeypatch.setattr(network, "has_kernels", lambda device: True)
+    monkeypatch.setattr(network.F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+    vae = VideoVAE().to(META)
+    network.speed_up(vae, META, torch.bfloat16)
+    return vae
+
+
+def test_no_vae_plan_runs_out_of_memory(fast_vae, fresh_seed):
+    chance, seen = random.Random(fresh_seed), 0
+    while seen < TRIALS:
+        any_size = chance.randrange(256, 2000, 16), chance.randrange(256, 1600, 16)
+        width, height = chance.choice(((832, 480), (1280, 704), (3840, 2160), any_size))
+        work = VaeWork(height, width, 5 if width > 2000 else chance.choice((1, 5, 21)), chance.random() < 0.6)
+        room = Room(round(chance.uniform(2, 9) * 1e9))
+        try:
+            planned = vae_plan(work, KERNELS, MemoryLimits())(room, Sizes())
+        except NoPlanFits:
+            continue
+        if not planned.plan.holds_pixels:
+            continue  # they would lie in main memory, with data
+        seen += 1
+        fast_vae.parts = VaeParts(planned.plan.tile_px)
+        latents = 1, 16, *work.latent_size
+        with torch.inference_mode():
+            given = torch.empty(latents if work.decodes else (1, 3, work.frames, height, width), device=META)
+            with Tensors(META) as tensors:
+                (fast_vae.decode if work.decodes else fast_vae.encode)(given)
+            events = list(tensors.events)
+        card = CardMemory(room.device_bytes)
+        try:
+            card.replay(events)
+        except torch.OutOfMemoryError as error:
+            raise AssertionError(f"{error}: {work}, {planned}") from error
+        ratio = peak_bytes(replace(work, way=KERNELS, parts=fast_vae.parts)) / card.most_allocated
+        assert 0.95 < ratio < 1.05, (ratio, work, planned)

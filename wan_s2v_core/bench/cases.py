@@ -331,7 +331,7 @@ class NeedsOf:
         way = loading_of(case.precision, self.device, case.plan).vae_way
         work = VaeWork(case.height, case.width, frames, decodes="encode" not in case.name, way=way)
         video = 4 * 3 * frames * case.width * case.height
-        return vae_bytes(work) + (0 if work.decodes and way else video)
+        return sum(vae_bytes(work)) + (0 if work.decodes and way else video)
 
 
 def article_flop(config: S2VModelConfig, case: Case) -> float:

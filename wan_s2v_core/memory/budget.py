@@ -19,15 +19,16 @@ VAE_BYTES_PER_PIXEL = 23_000
 832x480 and 1280x704 and for any number of frames, see benchmarks/README.md."""
 
 
-def vae_bytes(work: VaeWork) -> int:
-    """Peak memory of encoding or decoding besides the VAE's weights and the caller's own video or latents.
+def vae_bytes(work: VaeWork) -> tuple[int, int]:
+    """Peak memory of encoding or decoding besides the VAE's weights and the caller's own video or latents, and what
+    must be free besides.
 
     For diffusers' own network (`PLAIN`) also besides the decoded video.
     """
     if work.way is PLAIN:
-        return VAE_BYTES_PER_PIXEL * work.height_px * work.width_px
+        return VAE_BYTES_PER_PIXEL * work.height_px * work.width_px, 0
     needed = peak_bytes(work)
-    return needed + work.way.margin(needed)
+    return needed, work.way.margin(needed)
 
 
 VOICE_BYTES_PER_SECOND = 29_000_000
@@ -270,7 +271,7 @@ def vae_plan(work: VaeWork, way: VaeWay | None, limits: MemoryLimits) -> Choose:
                     yield OffloadPlan(tile_px=side, holds_pixels=holds_pixels)
 
     def working(plan: OffloadPlan) -> tuple[int, int]:
-        return vae_bytes(replace(work, parts=VaeParts(plan.tile_px, is_apart=not plan.holds_pixels))), 0
+        return vae_bytes(replace(work, parts=VaeParts(plan.tile_px, is_apart=not plan.holds_pixels)))
 
     return lambda room, sizes: plan_stage(candidates, working, room, sizes)
 
