@@ -116,6 +116,7 @@ def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[
                 facts[cap] = {"allocated_bytes": allocated, "reserved_bytes": reserved, "difference": error}
                 if run >= 0:
                     seconds[cap].append(taken)
+                print(f"{width}x{height} run {run + 1} {told(cap)} {taken:.3f} s", flush=True)
         whole = statistics.median(seconds[None])
         for cap, planned in plans.items():
             median = statistics.median(seconds[cap])
@@ -138,13 +139,16 @@ def measure_forwards(options: argparse.Namespace, device: torch.device) -> list[
     return rows
 
 
+def told(cap_gb: float | None) -> str:
+    return "whole card" if cap_gb is None else f"{cap_gb:g} GB"
+
+
 def print_row(row: dict[str, Any]) -> None:
-    cap = "whole card" if row["cap_gb"] is None else f"{row['cap_gb']:g} GB"
     print(
-        f"{row['width']}x{row['height']} {cap:>10} {row['median_seconds']:8.3f} s {100 * row['slower']:+6.2f} % "
-        f"(spread {100 * row['spread']:.2f} %)  predicted {row['predicted_bytes'] / GB:6.2f}, allocated "
-        f"{row['allocated_bytes'] / GB:6.2f}, reserved {row['reserved_bytes'] / GB:6.2f} GB, difference "
-        f"{row['difference']:.1e}: {row['line']}",
+        f"{row['width']}x{row['height']} {told(row['cap_gb']):>10} {row['median_seconds']:8.3f} s "
+        f"{100 * row['slower']:+6.2f} % (spread {100 * row['spread']:.2f} %)  "
+        f"predicted {row['predicted_bytes'] / GB:6.2f}, allocated {row['allocated_bytes'] / GB:6.2f}, reserved "
+        f"{row['reserved_bytes'] / GB:6.2f} GB, difference {row['difference']:.1e}: {row['line']}",
         flush=True,
     )
 
