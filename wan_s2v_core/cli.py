@@ -381,7 +381,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add(
         "--cache_dir",
         metavar="FOLDER",
-        help="keep encoded voices and prompts there: later runs with the same ones load neither encoder",
+        help="keep encoded voices (3 MB a second) and prompts there: later runs with the same ones load no encoder",
     )
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
