@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from .weights import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,14 @@ class EncodingStore:
             what: begins the file's name.
             key: of everything that shapes it, see `digest.digest_of`.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self.folder / f"{what}-{key[:32]}.safetensors"
-        try:
-            found = load_file(path)
-            log.info("%s: as kept in %s", what, path)
-            return found
-        except FileNotFoundError:
-            pass
-        except (OSError, SafetensorError) as error:
-            log.warning("%s cannot be read (%s) and is made anew", path, error)
+        if path.exists():
+            try:
+                found = {name: entry.read() for name, entry in open_weights(path).entries.items()}
+                log.info("%s: as kept in %s", what, path)
+                return found
+            except CheckpointError as error:
+                log.warning("%s, what was kept, is made anew: %s", what, error)
         made = make()
         self._keep(path, made)
         return made

@@ -4,6 +4,7 @@ What a file is, is told from its first bytes. safetensors are mapped into memory
 `weights_only=True` alone, so that they cannot run code.
 """
 
+import bisect
 import json
 import pickle
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +35,9 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+HEADER_LENGTH_BYTES = 8
+PIECE_BYTES = 4_000_000_000
+"""Of a file, mapped at once; more for a tensor that is larger."""
 FOREIGN_STARTS = (
     (b"GGUF", "a GGUF file, which this version does not read", "Use the bf16, fp16 or fp8_scaled safetensors file."),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Run 'git lfs pull' or download the file."),
@@ -78,22 +83,78 @@ class Weights:
         return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()))
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where bytes lie in a file."""
+
+    start: int
+    stop: int
+
+
 class MappedFile:
-    """A safetensors file, mapped while tensors are read from it. They are views of the map, not copies."""
+    """A safetensors file, mapped while tensors are read from it. They are views of the map, not copies; what is written
+    to them stays in memory.
+
+    It is mapped piece by piece: systems refuse to map at once what is larger than their memory.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.handle = path, None
+        self.path = path
+        self.dtypes: dict[str, str] = {}
+        """As the file names them."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.spans: dict[str, Span] = {}
+        self.metadata: dict[str, str] = {}
+        self._pieces: list[Span] = []
+        self._maps: dict[Span, np.ndarray] = {}
+        self._read_header()
 
-    def open(self):
-        if self.handle is None:
-            self.handle = safe_open(self.path, framework="pt", device="cpu")
-        return self.handle
+    def _read_header(self) -> None:
+        """Raises SafetensorError or OSError unless the file is whole."""
+        with safe_open(self.path, framework="np") as handle:  # checks it; maps nothing that could be refused
+            self.metadata = handle.metadata() or {}
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        first = HEADER_LENGTH_BYTES + length
+        for name, facts in header.items():
+            start, stop = facts["data_offsets"]
+            self.dtypes[name], self.shapes[name] = facts["dtype"], tuple(facts["shape"])
+            self.spans[name] = Span(first + start, first + stop)
+        for span in sorted(self.spans.values(), key=lambda span: span.start):
+            if self._pieces and span.stop - self._pieces[-1].start <= PIECE_BYTES:
+                self._pieces[-1] = Span(self._pieces[-1].start, span.stop)
+            else:
+                self._pieces.append(span)
 
     def read(self, name: str) -> Tensor:
-        return self.open().get_tensor(name)
+        """One tensor.
+
+        Raises:
+            CheckpointError: if the system has no room for a map.
+        """
+        span, dtype, shape = self.spans[name], SAFETENSORS_DTYPES[self.dtypes[name]], self.shapes[name]
+        if span.start == span.stop:
+            return torch.empty(shape, dtype=dtype)
+        piece = self._pieces[bisect.bisect_right(self._pieces, span.start, key=lambda piece: piece.start) - 1]
+        values = self._mapped(piece)[span.start - piece.start : span.stop - piece.start]
+        return torch.from_numpy(values).view(dtype).view(shape)
+
+    def _mapped(self, piece: Span) -> np.ndarray:
+        if piece not in self._maps:
+            size = piece.stop - piece.start
+            try:
+                self._maps[piece] = np.memmap(self.path, np.uint8, "c", offset=piece.start, shape=(size,))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{size / 1e9:.1f} GB of {self.path} cannot be mapped into memory: {error}. Close other programs, "
+                    "or give the system more swap space; if the file has changed, load it again."
+                ) from error
+        return self._maps[piece]
 
     def let_go(self) -> None:
-        self.handle = None
+        self._maps.clear()
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -203,25 +264,22 @@ def parse_json(text: str, origin: str) -> dict:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    file = MappedFile(path)
     try:
-        handle = file.open()
-        metadata = handle.metadata() or {}
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        file = MappedFile(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}. "
             "The download may have been cut short: download it again."
         ) from error
     entries = {}
-    for name, part in slices.items():
-        if (dtype := SAFETENSORS_DTYPES.get(part.get_dtype())) is None:
+    for name, stored in file.dtypes.items():
+        if (dtype := SAFETENSORS_DTYPES.get(stored)) is None:
             raise CheckpointError(
-                f"{path}: {name} is stored as {part.get_dtype()}, which is not read here. "
+                f"{path}: {name} is stored as {stored}, which is not read here. "
                 f"Use a file in one of: {', '.join(SAFETENSORS_DTYPES)}."
             )
-        entries[name] = WeightEntry(tuple(part.get_shape()), dtype, lambda name=name: file.read(name))
-    return Weights(path, entries, metadata, "safetensors", (path,), (file,))
+        entries[name] = WeightEntry(file.shapes[name], dtype, lambda name=name: file.read(name))
+    return Weights(path, entries, file.metadata, "safetensors", (path,), (file,))
 
 
 def _open_pickle(path: Path) -> Weights:
@@ -235,6 +293,11 @@ def _open_pickle(path: Path) -> Weights:
             ) from error
         raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        if "unable to mmap" in str(error):
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size / 1e9:.1f} GB) cannot be mapped into memory: {error}. Use a safetensors "
+                "file, which is mapped in pieces, or give the system more swap space."
+            ) from error
         raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
