@@ -45,6 +45,7 @@ from wan_s2v_core.bench.random_weights import random_tensor, shapes_of  # noqa: 
 from wan_s2v_core.bench.stages import MeasuredNetworks  # noqa: E402
 from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2VModelConfig  # noqa: E402
 from wan_s2v_core.errors import OutOfMemory  # noqa: E402
+from wan_s2v_core.geometry import frames_of  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan, free_ram_bytes  # noqa: E402
 from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
@@ -167,13 +168,17 @@ def measure_stages(options: argparse.Namespace, device: torch.device) -> list[di
     }
     recording = read_recording(ROOT / "assets/voice.flac", 0.0, 60.0)
     (width, height), (wide, high) = ((64, 64), (128, 96)) if options.tiny else ((1280, 704), (3840, 2160))
-    video = torch.rand(1, 3, 73, height, width) * 2 - 1
-    latents, large = torch.randn(1, 16, 21, height // 8, width // 8), torch.randn(1, 16, 2, high // 8, wide // 8)
+    frames, count = (9, 3) if options.tiny else (73, 21)
+    video = torch.rand(1, 3, frames, height, width) * 2 - 1
+    latents, large = torch.randn(1, 16, count, height // 8, width // 8), torch.randn(1, 16, 2, high // 8, wide // 8)
     works: dict[str, tuple[float, Callable[[S2VPipeline], Tensor]]] = {
         "umT5, two prompts": (SMALLEST_GB, lambda pipeline: torch.cat(pipeline.encode_prompts("a", "man"), 1)),
         f"wav2vec, {recording.seconds:.1f} s": (SMALLEST_GB, lambda it: it.encode_voice(recording).features),
-        f"VAE encode 73 frames {width}x{height}": (SMALLEST_GB, lambda pipeline: pipeline.encode(video)),
-        f"VAE decode 81 frames {width}x{height}": (SMALLEST_GB, lambda pipeline: pipeline.decode(latents.to(device))),
+        f"VAE encode {frames} frames {width}x{height}": (SMALLEST_GB, lambda pipeline: pipeline.encode(video)),
+        f"VAE decode {frames_of(count)} frames {width}x{height}": (
+            SMALLEST_GB,
+            lambda pipeline: pipeline.decode(latents.to(device)),
+        ),
         f"VAE decode 5 frames {wide}x{high}": (SMALL_GB, lambda pipeline: pipeline.decode(large.to(device))),
     }
     for name, (cap, work) in works.items():
