@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.bench.engine import RELEASED, SEED, random_network  # noqa: E402
-from wan_s2v_core.bench.measure import card_of, read_commit, relative_l2  # noqa: E402
+from wan_s2v_core.bench.measure import card_of, read_commit, relative_l2, release  # noqa: E402
 from wan_s2v_core.bench.other_networks import PROMPT  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks, MeasuredPipeline  # noqa: E402
 from wan_s2v_core.conditioning.bundle import make_conditioning  # noqa: E402
@@ -104,6 +104,7 @@ def make_videos(
     precision, _, place = case.rpartition("-")
     began = now()
     networks = random_networks(sizes, precision, device, place == "offload")
+    release(device)  # what their weights were made in
     build_seconds = now() - began
     for limit in options.vram_limit_gb:
         networks.limits = MemoryLimits(vram_limit_gb=limit)
