@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from interpreted_kernels import honest_rounding, no_gradients  # noqa: F401  (fixtures)
 
 from wan_s2v_core.acceleration.attention import hopper
+from wan_s2v_core.acceleration.attention.norms import largest_norms
 from wan_s2v_core.acceleration.attention.reference import LARGEST_VALUE, sampled_means, score_factor
 from wan_s2v_core.acceleration.attention.tiles import (
     KEY_TILE_BYTES,
@@ -30,8 +31,12 @@ CASES = [
     ((2, 300, 1), torch.bfloat16),
 ]
 """B L N, and the type."""
-USUAL_P = float(re.search(r"USUAL_P = ([\d.]+)f", (hopper.FOLDER / hopper.SOURCES["attend8"]).read_text())[1])
-"""log2 of the largest probability when a row's base is set."""
+SOURCE = (hopper.FOLDER / hopper.SOURCES["attend8"]).read_text()
+USUAL_P, TOP_P, ROOM = (
+    float(re.search(rf"{name} = ([\d.]+)f", SOURCE)[1]) for name in ("USUAL_P", "LARGEST_P", "ROOM")
+)
+"""log2 of the largest probability when a row's base is set and of the largest in e4m3, and how far above a base scores
+may rise unseen."""
 LARGEST_P, WARP_ROWS = LARGEST_VALUE[torch.float8_e4m3fn], 16
 """The largest probability that e4m3 holds, and the rows that raise their base together."""
 
@@ -98,7 +103,7 @@ def test_query_tiles(shape, dtype):
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_key_tiles_leave_out_the_mean(shape, dtype):
     k = random(shape, dtype) + 10 * torch.randn(TILE).to(dtype)
-    tiles = key_tiles(k)
+    tiles, norms = key_tiles(k)
     means = sampled_means(k)
     torch.testing.assert_close(means, by_head(k)[:, ::16].mean(dim=1), atol=1e-4, rtol=1e-4)
     exact = as_tiles(by_head(k) - means[:, None])
@@ -107,6 +112,8 @@ def test_key_tiles_leave_out_the_mean(shape, dtype):
     near(rows, exact, scale[..., None, None])
     most = exact.abs().amax(dim=(-2, -1))
     torch.testing.assert_close(scale, most / 127, atol=1e-17, rtol=1e-5)
+    longest = (rows * scale[..., None, None]).norm(dim=-1).amax(dim=(-2, -1))
+    torch.testing.assert_close(norms, longest, atol=1e-17, rtol=1e-5)
     assert not as_tiles(torch.ones_like(by_head(k))).logical_not().logical_and(rows != 0).any(), "no keys past the end"
 
 
@@ -136,7 +143,7 @@ def test_zeros_stay_zeros():
     q[0, 5], k[0, :, 1], v[0, :, 0, 7] = 0, 0, 0
     tiles, scales = query_tiles(q)
     assert not unswizzle(tiles)[:, 0, 5].any() and (scales[:, 0, 5] > 0).all()
-    rows, scale = keys_of(key_tiles(k))
+    rows, scale = keys_of(key_tiles(k)[0])
     assert not rows[1].any() and (scale > 0).all()
     tiles, scales = value_tiles(v)
     assert not values_of(tiles)[0, :, :, 7].any() and scales[0, 7] == 0
@@ -165,29 +172,39 @@ def attend_tiles(q, k, v, listed=None):
     Args:
         listed: numbers of the key tiles that are seen by all, the last of all being the last; None for all of them.
     """
-    (q_tiles, q_scale), (k8, k_scale), (v_tiles, v_scale) = query_tiles(q), keys_of(key_tiles(k)), value_tiles(v)
-    q8, v8 = unswizzle(q_tiles).float().flatten(1, 2), values_of(v_tiles)
+    (q_tiles, q_scale), (k_tiles, norms), (v_tiles, v_scale) = query_tiles(q), key_tiles(k), value_tiles(v)
+    (k8, k_scale), q8, v8 = keys_of(k_tiles), unswizzle(q_tiles).float().flatten(1, 2), values_of(v_tiles)
     q_scale, keys = q_scale.flatten(1, 2)[..., None], k.shape[1]
     sums, total = torch.zeros_like(q8), torch.zeros_like(q_scale)
-    base = torch.full_like(q_scale, -torch.inf)
+    bound, base, bounded = q8.norm(dim=-1, keepdim=True) * q_scale * norms[:, None, None], None, None
     for number in range(k8.shape[1]) if listed is None else listed:
         scores = q8 @ k8[:, number].mT * (q_scale * k_scale[:, number, None, None])
         scores[..., max(0, keys - number * TILE) :] = -torch.inf
-        p = rounded_p(scores - base + USUAL_P)
-        too_large = ~(p.abs().amax(dim=-1, keepdim=True) < LARGEST_P)  # NaN is
-        raised = too_large.unflatten(1, (-1, WARP_ROWS)).any(dim=2, keepdim=True).expand(-1, -1, WARP_ROWS, -1)
-        most = torch.where(raised.flatten(1, 2), torch.maximum(base, scores.amax(dim=-1, keepdim=True)), base)
-        decay = torch.where(base == most, 1.0, torch.exp2(base - most))
-        base, p = most, rounded_p(scores - most + USUAL_P)
-        sums = sums * decay + p @ v8[:, number]
+        most = scores.amax(dim=-1, keepdim=True)
+        if base is None:
+            base = most
+            bounded = ~of_warp(~(bound - base <= ROOM))
+        looked = torch.where(~bounded & of_warp(most > base + TOP_P - USUAL_P), torch.maximum(base, most), base)
+        p = torch.exp2((scores - looked + USUAL_P).float())
+        too_large = ~(rounded(p).amax(dim=-1, keepdim=True) < LARGEST_P)  # NaN is
+        rise = (p.amax(dim=-1, keepdim=True).log2() - USUAL_P).ceil().clamp(min=0).nan_to_num(0.0)
+        new = torch.where(bounded & of_warp(too_large), looked + rise, looked)
+        p = rounded(p * torch.exp2(looked - new).nan_to_num(1.0))
+        decay = torch.exp2(base - new).nan_to_num(1.0)
+        base, sums = new, sums * decay + p @ v8[:, number]
         total = total * decay + p.sum(dim=-1, keepdim=True)
     out = sums / total * v_scale[:, None]
     return out[:, : q.shape[1]].unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
-def rounded_p(power):
-    """2^power in e4m3; too large ones become the largest."""
-    return torch.exp2(power).clamp(max=LARGEST_P).to(torch.float8_e4m3fn).float()
+def of_warp(flags):
+    """Whether a flag of any of the rows is set that a warp does together. heads rows 1, bool."""
+    return flags.unflatten(1, (-1, WARP_ROWS)).any(dim=2, keepdim=True).expand(-1, -1, WARP_ROWS, -1).flatten(1, 2)
+
+
+def rounded(p):
+    """Probabilities in e4m3; too large ones become the largest."""
+    return p.clamp(max=LARGEST_P).to(torch.float8_e4m3fn).float()
 
 
 def error_of(out, q, k, v):
@@ -215,6 +232,41 @@ def test_sharp_attention_finds_its_key():
     assert error_of(attend_tiles(q, k, v), q, k, v) < 0.06
     assert error_of(attend_tiles(q, k, v), k[:, order] * 3, k, v) < 0.06
     assert error_of(v[:, order], q, k, v) < 0.06, "each query sees the key that it was made from"
+
+
+@pytest.mark.parametrize("times", [1, 6, 40, 400])
+def test_keys_grow_longer_from_tile_to_tile(times):
+    """Scores rise by up to so many times what float32 holds of a power, so that both ways to follow them are taken."""
+    keys = 4 * TILE + 9
+    k, v = random((1, keys, 2)), random((1, keys, 2))
+    k *= torch.linspace(0.1, times, keys)[:, None, None]
+    q = random((1, 200, 2))
+    out = attend_tiles(q, k, v)
+    assert torch.isfinite(out).all()
+    assert error_of(out, q, k, v) < error_of_int8_scores(q, k, v) + 0.06
+
+
+def error_of_int8_scores(q, k, v):
+    """What rounding queries and keys alone does to exact attention: all of it where one key takes all."""
+    (q_tiles, q_scale), (k_tiles, _) = query_tiles(q), key_tiles(k)
+    k8, k_scale = keys_of(k_tiles)
+    q8 = (unswizzle(q_tiles).float() * (q_scale / FACTOR)[..., None]).flatten(1, 2)
+    k8 = (k8 * k_scale[..., None, None]).flatten(1, 2)
+    halves = (x[:, : y.shape[1]].unflatten(0, (1, -1)).transpose(1, 2) for x, y in ((q8, q), (k8, k)))
+    near_q, near_k = halves
+    exact = F.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (near_q, near_k, v))).transpose(1, 2)
+    return error_of(exact, q, k, v)
+
+
+def test_largest_norms():
+    for shape, dtype in CASES:
+        k = random(shape, dtype)
+        expected = k.float().norm(dim=-1).amax(dim=1).flatten()
+        torch.testing.assert_close(largest_norms(k), expected, atol=0, rtol=1e-5)
+    for wrong in (torch.nan, torch.inf, -torch.nan):
+        k[1, 77, 0, 5] = wrong
+        norms = largest_norms(k)
+        assert norms[0].isfinite() and not norms[1].isfinite()
 
 
 def test_listed_tiles_are_seen_and_no_others():

@@ -95,7 +95,7 @@ def raising(error):
 def test_names_are_known_and_plans_take_them():
     assert set(BACKENDS) == {FLASH_4, HOPPER, SDPA, PORTABLE, HOPPER_8, SAGE, PORTABLE_8}
     assert (AUTO, AUTO_8, *BACKENDS) == CHOICES and AccelerationPlan().attention == AUTO
-    assert [name for name, one in BACKENDS.items() if one.is_exact] == [FLASH_4, HOPPER, SDPA, PORTABLE]
+    assert [name for name, one in BACKENDS.items() if one.is_exact] == [HOPPER, FLASH_4, SDPA, PORTABLE]
     assert all(name == backend.name and backend.what for name, backend in BACKENDS.items())
 
 
@@ -117,7 +117,7 @@ def test_without_8_bits_the_exact_one_serves_and_this_is_told_once(caplog):
 
 
 def test_a_name_that_nobody_has():
-    with pytest.raises(ConfigError, match=r"attention='nonsense' is not known\. Use one of: auto, auto8, flash4"):
+    with pytest.raises(ConfigError, match=r"attention='nonsense' is not known\. Use one of: auto, auto8, hopper"):
         choose("nonsense", CPU)
 
 
@@ -248,14 +248,14 @@ def test_wrong_numbers_are_left_out(result, replaced, caplog):
 
 
 def test_the_first_that_works_is_chosen(replaced):
-    for name in (PORTABLE, HOPPER, FLASH_4):  # from slow to fast
+    for name in (PORTABLE, FLASH_4, HOPPER):  # from slow to fast
         replaced(name, noisy(0.5 * EXACT_ERROR))
         registry.try_backend.cache_clear()
         assert choose(AUTO, CPU).name == (SDPA if name == PORTABLE else name)
     for name in (PORTABLE_8, SAGE, HOPPER_8):
         replaced(name, noisy(0.8 * LOSSY_ERROR))
         registry.try_backend.cache_clear()
-        assert choose(AUTO, CPU).name == FLASH_4, "8 bits are never used unasked"
+        assert choose(AUTO, CPU).name == HOPPER, "8 bits are never used unasked"
         chosen = choose(AUTO_8, CPU)
         assert (chosen.name, chosen.is_exact) == (name, False)
 
@@ -267,15 +267,15 @@ def test_8_bits_have_a_bound_too(replaced):
 
 
 def test_sparse_attention_takes_what_takes_lists(replaced):
-    replaced(FLASH_4, lambda setting: (sdpa, None))
-    replaced(HOPPER, lambda setting: (sdpa, listed_too))
-    assert choose(AUTO, CPU).name == FLASH_4
+    replaced(HOPPER, lambda setting: (sdpa, None))
+    replaced(FLASH_4, lambda setting: (sdpa, listed_too))
+    assert choose(AUTO, CPU).name == HOPPER
     chosen = choose(AUTO, CPU, takes_lists=True)
-    assert chosen.name == HOPPER and chosen.attend_listed is listed_too
-    with pytest.raises(BackendUnavailable, match="'flash4' cannot be used: it takes no lists of tiles") as refused:
-        choose(FLASH_4, CPU, takes_lists=True)
-    assert str(refused.value).endswith("Usable here: auto, hopper, sdpa."), "those that take lists"
-    assert choose(AUTO_8, CPU, takes_lists=True).name == HOPPER
+    assert chosen.name == FLASH_4 and chosen.attend_listed is listed_too
+    with pytest.raises(BackendUnavailable, match="'hopper' cannot be used: it takes no lists of tiles") as refused:
+        choose(HOPPER, CPU, takes_lists=True)
+    assert str(refused.value).endswith("Usable here: auto, flash4, sdpa."), "those that take lists"
+    assert choose(AUTO_8, CPU, takes_lists=True).name == FLASH_4
 
 
 def test_a_backend_is_tried_once_for_each_setting(replaced):

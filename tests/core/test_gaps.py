@@ -93,13 +93,13 @@ def clip_tensors(
     network: S2VTransformer, shape: ForwardShape, plan: OffloadPlan, bits: int, branches: int
 ) -> list[tuple[int, int | None]]:
     """What comes and goes in two steps of sampling a clip, besides weights."""
-    from wan_s2v_core.acceleration.attention.hopper import attend16, prepare8
-    from wan_s2v_core.acceleration.attention.registry import with_8_bit_keys, without_context
+    from wan_s2v_core.acceleration.attention.hopper import prepare8, prepare16
+    from wan_s2v_core.acceleration.attention.registry import both_ways
 
     slice_tokens(network, plan.slice_tokens)
     (keep_keys_values if plan.keeps_keys_values else compute_keys_values)(network)
     for block in network.stack.blocks:
-        block.attention.attend = with_8_bit_keys(prepare8)[0] if bits == 8 else without_context(attend16)
+        block.attention.attend = both_ways(prepare8 if bits == 8 else prepare16)[0]
     (height, width), frames = shape.latent_size, shape.latent_frames
 
     def made(*sizes: int) -> torch.Tensor:

@@ -159,22 +159,32 @@ def tensor_map(x: Tensor, tokens_at_once: int = TILE):
     return check(made)[0]
 
 
-def attend16(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-    """Exact attention of bfloat16 or float16. B L N 128 -> the same.
+def prepare16(made: KeysValues) -> Callable[..., Tensor]:
+    """Exact attention to these keys and values, B L N 128 in bfloat16 or float16.
 
-    Args:
-        listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees; the last
-            tile of all, which may be partly filled, comes last where it is seen.
-        counts: B*N tiles(q), int32: how many of them.
+    Returns:
+        A function of q, B L N 128 of their type, of listed and counts, or none -> B L N 128.
+            listed: B*N tiles(q) tiles(k), int32: the tiles of 128 keys that each tile of 128 queries sees; the last
+                tile of all, which may be partly filled, comes last where it is seen.
+            counts: B*N tiles(q), int32: how many of them.
     """
-    q, k, v = (x if is_aligned(x) else x.contiguous() for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    keys = TILE if listed is not None else DENSE_KEYS
-    maps = [tensor_map(q), tensor_map(k, keys), tensor_map(v, keys)]
-    lengths = [np.int32(x.shape[1]) for x in (q, k)]
-    arguments = [*maps, out, listed, counts, np.float32(score_factor(TILE)), *lengths]
-    launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []))
-    return out
+    from .norms import largest_norms
+
+    k, v = (x if is_aligned(x) else x.contiguous() for x in made.both())
+    with torch.cuda.device(k.device):
+        norms = largest_norms(k)
+
+    def attend(q: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        q = q if is_aligned(q) else q.contiguous()
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        keys = TILE if listed is not None else DENSE_KEYS
+        maps = [tensor_map(q), tensor_map(k, keys), tensor_map(v, keys)]
+        lengths = [np.int32(x.shape[1]) for x in (q, k)]
+        arguments = [*maps, norms, out, listed, counts, np.float32(score_factor(TILE)), *lengths]
+        launch("attend16", out, arguments, f"KEYS={keys}", *(["HALF"] if q.dtype == torch.float16 else []))
+        return out
+
+    return attend
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -186,16 +196,16 @@ def prepare8(made: KeysValues) -> Callable[..., Tensor]:
     """Attention in 8 bits to these keys, B L N 128 in bfloat16 or float32, of which tiles are kept and nothing else.
 
     Returns:
-        A function of q: B L N 128, and of lists as for attend16, or none -> B L N 128 in bfloat16.
+        A function of q: B L N 128, and of lists as for prepare16, or none -> B L N 128 in bfloat16.
     """
     from .tiles import key_tiles, query_tiles, value_tiles
 
     k = made.keys()
     keys, device = k.shape[1], k.device
     with torch.cuda.device(device):
-        k_tiles = key_tiles(k)
+        keys_made = key_tiles(k)
         del k  # before there are values
-        tiles = (k_tiles, *value_tiles(made.values()))
+        tiles = (*keys_made, *value_tiles(made.values()))
 
     def attend(q: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
@@ -205,8 +215,3 @@ def prepare8(made: KeysValues) -> Callable[..., Tensor]:
         return out
 
     return attend
-
-
-def attend8(q: Tensor, k: Tensor, v: Tensor, listed: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-    """Attention in 8 bits of bfloat16 or float32 values. B L N 128 -> B L N 128 in bfloat16. Lists as for attend16."""
-    return prepare8(KeysValues.of(k, v))(q, listed, counts)

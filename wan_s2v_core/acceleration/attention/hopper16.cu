@@ -2,8 +2,11 @@
 //
 // Tiles are copied by the tensor memory accelerator from B L N 128 as it lies; tokens past the end come as zeros.
 // Scores and sums are float32, probabilities are rounded to 16 bits for their product with the values, as in every
-// fast kernel. A row's base, which scores are taken relative to, follows the largest score only when that is more than
-// 2^8 above it: most tiles then need no correction of earlier sums (FlashAttention-4 does so on Blackwell).
+// fast kernel. A row's base, which scores are taken relative to, is the largest score of its first tile. Where no score
+// can be much above it, since none exceeds the product of the norms of its query and of the longest key, it stays there
+// and nobody looks for larger ones: float32 and bfloat16 are as exact far from 1 as near it. Elsewhere the base follows
+// the largest score when that is more than 2^8 above it: most tiles then need no correction of earlier sums
+// (FlashAttention-4 does so on Blackwell).
 
 #include "hopper.cuh"
 
@@ -16,10 +19,14 @@ constexpr int STAGES = KEYS > 128 ? 2 : 3;
 constexpr int SCORES = KEYS / 2;  // of a thread
 constexpr float SLACK = 8;  // powers of two
 
+// How far above the base of a row scores may be, in powers of two, for all to stay numbers: P, in float16 up to 2^16, and
+// in float32 the sums of P and of its products with values.
 #ifdef HALF
 #define KIND "f16"
+constexpr float ROOM = 15;
 #else
 #define KIND "bf16"
+constexpr float ROOM = 80;
 #endif
 
 // Tells the compiler that tensor cores may have changed these registers.
@@ -74,6 +81,30 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return both;
 }
 
+// The sum of the squares of two numbers of 16 bits.
+__device__ __forceinline__ float squares(u32 two) {
+    float a, b;
+#ifdef HALF
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+        : "=f"(a), "=f"(b)
+        : "r"(two));
+#else
+    a = __uint_as_float(two << 16), b = __uint_as_float(two & 0xffff0000u);
+#endif
+    return a * a + b * b;
+}
+
+// The norm of a query, of which four threads read a quarter each, in whatever order.
+__device__ __forceinline__ float norm_of_row(u32 row_at, int lane) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            sum += squares(load_shared(row_at + half * HALF_QUERY_BYTES + lane % 4 * 32 + 4 * i));
+    return sqrtf(sum_of_four_threads(sum));
+}
+
 // What one thread knows of its two rows.
 struct Rows {
     float base[2];   // score that makes a P of 1, in powers of two
@@ -81,8 +112,8 @@ struct Rows {
     float decay[2];  // what earlier sums are to be multiplied by
 };
 
-// Scores become P, unrounded and in place. True if earlier sums must be multiplied by `decay`.
-__device__ __forceinline__ bool soften(float (&s)[SCORES], Rows& rows, float scale) {
+// Let the bases follow the scores of a tile. True if earlier sums must be multiplied by `decay`.
+__device__ __forceinline__ bool follow(const float (&s)[SCORES], Rows& rows, float scale) {
     float most[2];
 #pragma unroll
     for (int row = 0; row < 2; row++) {
@@ -102,6 +133,11 @@ __device__ __forceinline__ bool soften(float (&s)[SCORES], Rows& rows, float sca
             rows.base[row] = base;
         }
     }
+    return is_raised;
+}
+
+// Scores become P, unrounded and in place.
+__device__ __forceinline__ void soften(float (&s)[SCORES], Rows& rows, float scale) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float a = 0, b = 0;
@@ -112,7 +148,6 @@ __device__ __forceinline__ bool soften(float (&s)[SCORES], Rows& rows, float sca
         }
         rows.total[row] += a + b;
     }
-    return is_raised;
 }
 
 __device__ __forceinline__ void pack_all(const float (&s)[SCORES], u32 (&p)[SCORES / 2]) {
@@ -131,13 +166,15 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-// q, k, v: maps of B L N 128. scale: turns products into powers of two.
+// q, k, v: maps of B L N 128. key_norms: of the longest key of every head, batch * heads. scale: turns products into
+// powers of two.
 // listed: (batch * heads) x query tiles x key tiles, of which the first `counts` are read; null for all of them. The
 // last tile of all, which may be partly filled, comes last.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend16(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
-             u16* __restrict__ out, const int* __restrict__ listed, const int* __restrict__ counts, float scale, int queries,
-             int keys, int heads_of_batch, long long batch_stride, long long token_stride, long long head_stride) {
+             const float* __restrict__ key_norms, u16* __restrict__ out, const int* __restrict__ listed,
+             const int* __restrict__ counts, float scale, int queries, int keys, int heads_of_batch, long long batch_stride,
+             long long token_stride, long long head_stride) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
     const u32 k_tiles_at = base, v_tiles_at = base + STAGES * KEY_BYTES, q_at = v_tiles_at + STAGES * KEY_BYTES;
@@ -186,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int consumer = group - 1, lane = thread % 32;
-    const int first_row = tile * TILE + 64 * consumer + 16 * (thread / 32) + lane / 4;
+    const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4, first_row = tile * TILE + row_in_tile;
     const u64 q_matrix = matrix_descriptor(q_at + consumer * (HALF_QUERY_BYTES / 2));
     Rows rows = {{__int_as_float(NO_KEY), __int_as_float(NO_KEY)}, {0, 0}, {0, 0}};
     float sums[64], s[SCORES];
@@ -217,12 +254,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrier_wait(q_full, 0);
     barrier_wait(k_full, 0);
     scores(0);
+    float most[2];  // that a score can be
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+        most[row] = norm_of_row(q_at + (row_in_tile + 8 * row) * 128, lane) * key_norms[all_heads] * scale;
     products_wait<0>();
     keep(s);
     if (lane == 0) barrier_arrive(k_free);
     if (count == 1 && hidden_from < KEYS) hide_keys(s, hidden_from, lane);
+    follow(s, rows, scale);
     soften(s, rows, scale);
     pack_all(s, p);
+    const bool is_bounded =
+        __all_sync(0xffffffffu, most[0] - rows.base[0] <= ROOM && most[1] - rows.base[1] <= ROOM);  // not with NaN
 
     // Named barriers 1 and 2: whose turn it is in the tensor cores. The first consumer begins.
     if (consumer == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
@@ -239,7 +283,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         keep(s);
         if (lane == 0) barrier_arrive(k_free + 8 * next_stage);
         if (i + 2 == count && hidden_from < KEYS) hide_keys(s, hidden_from, lane);
-        const bool is_raised = soften(s, rows, scale);
+        const bool is_raised = !is_bounded && follow(s, rows, scale);
+        soften(s, rows, scale);
         products_wait<0>();
         keep(sums);
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
@@ -259,10 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u16* own_out = out + entry * batch_stride + head * head_stride;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        float total = rows.total[row];
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
-        const float inverse = 1.0f / total;
+        const float inverse = 1.0f / sum_of_four_threads(rows.total[row]);
         const int token = first_row + 8 * row;
         if (token >= queries) continue;
 #pragma unroll

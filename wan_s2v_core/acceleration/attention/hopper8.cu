@@ -5,7 +5,10 @@
 // softmax. Queries, keys and values come as tiles that already lie as the tensor cores read them (see tiles.py), so
 // that a tile is one bulk copy.
 //
-// Numbers: a score is an exact int32; adding it to the bits of 1.5 * 2^23 makes it a float32 without a conversion.
+// Numbers: a score is an exact int32; adding it to the bits of 1.5 * 2^23 makes it a float32 without a conversion. P is
+// relative to a base that a row keeps until P leaves e4m3, which shows when P is rounded: in float32 it is still there,
+// and follows the new base. Where a score could be so far above the base that float32 would not hold it either, going by
+// the norms of its query and of the longest key, scores are looked through for that first.
 // Products of P and V are summed per tile in the tensor cores and over tiles in float32 registers, because the tensor
 // cores keep only some 14 bits of a sum of 8-bit products.
 //
@@ -22,7 +25,9 @@ constexpr int MAGIC_BITS = 0x4B400000;
 // log2 of the largest P when a row's base is set. e4m3 ends at 2^8.8: scores may rise by a factor of 28 before the base
 // has to follow, which costs as much as a tile, and it is exact to 2^-6 and holds something down to 2^-9.
 constexpr float USUAL_P = 4.0f;
-constexpr int FLUSH = 2;  // tiles that the tensor cores sum up by themselves
+constexpr float LARGEST_P = 8.8f;
+constexpr float ROOM = 120.0f;  // powers of two that scores may rise above a base with P still in float32
+constexpr int FLUSH = 4;  // tiles that the tensor cores sum up by themselves
 
 // Tells the compiler that tensor cores may have changed these registers.
 __device__ __forceinline__ void keep(int (&x)[64]) { asm volatile("" : IN_USE64(INT_IO, x)::"memory"); }
@@ -56,50 +61,92 @@ __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
     return out;
 }
 
+// The norm of a query, of which four threads read a quarter each, in whatever order.
+__device__ __forceinline__ float norm_of_row(u32 row_at, int lane) {
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int four = load_shared(row_at + lane % 4 * 32 + 4 * i);
+        sum = __dp4a(four, four, sum);
+    }
+    return sqrtf(sum_of_four_threads(sum));
+}
+
 // What one thread knows of its two rows.
 struct Rows {
     float base[2];   // score, in powers of two, that makes a P of 2^USUAL_P
     float scale[2];  // of the queries
 };
 
-// P of one tile, as the tensor cores take it: 4 registers for each 32 keys, in the order of the values. True if one is
-// too large for e4m3.
-__device__ __forceinline__ bool soften(const int (&s)[64], u32 (&p)[16], const Rows& rows, float key_scale) {
-    float scale[2], shift[2];
+// Scores become P in float32, in place.
+__device__ __forceinline__ void soften(int (&s)[64], const Rows& rows, float key_scale) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        scale[row] = rows.scale[row] * key_scale;
-        shift[row] = USUAL_P - rows.base[row] - MAGIC * scale[row];
+        const float scale = rows.scale[row] * key_scale, shift = USUAL_P - rows.base[row] - MAGIC * scale;
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            int& x = s[i / 2 * 4 + 2 * row + i % 2];
+            x = __float_as_int(power_of_two(fmaf(__int_as_float(x), scale, shift)));
+        }
     }
+}
+
+// P as the tensor cores take it: 4 registers for each 32 keys, in the order of the values. True if one is too large for
+// e4m3.
+__device__ __forceinline__ bool pack_all(const int (&s)[64], u32 (&p)[16]) {
     u32 large = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int first = 16 * i + 8 * (j / 2) + 2 * (j % 2);  // rows g, g + 8 of keys 0..15, then of keys 16..31
-            float x[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                x[e] = power_of_two(fmaf(__int_as_float(s[first + e % 2 + e / 2 * 4]), scale[j % 2], shift[j % 2]));
-            p[4 * i + j] = pack(x[0], x[1], x[2], x[3]);
+            p[4 * i + j] = pack(__int_as_float(s[first]), __int_as_float(s[first + 1]), __int_as_float(s[first + 4]),
+                                __int_as_float(s[first + 5]));
             large |= p[4 * i + j] + 0x02020202;  // 448 and NaN are 0x7e and 0x7f
         }
     return large & 0x80808080;
 }
 
-// Set each row's base to the largest score of this tile, if that is larger. Returns what earlier sums are to be
-// multiplied by.
-__device__ __forceinline__ void raise_base(const int (&s)[64], Rows& rows, float key_scale, float (&decay)[2]) {
+// The largest of a row's scores or P in the tile.
+__device__ __forceinline__ float largest_of_row(const int (&s)[64], int row) {
+    float most = __int_as_float(s[2 * row]);
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        most = fmaxf(fmaxf(most, __int_as_float(s[4 * i + 2 * row])), __int_as_float(s[4 * i + 2 * row + 1]));
+    return largest_of_four_threads(most);
+}
+
+// Set each row's base to the largest score of this tile, if one of the warp's rows needs it. Returns whether that is so,
+// and what earlier sums are to be multiplied by.
+__device__ __forceinline__ bool follow(const int (&s)[64], Rows& rows, float key_scale, float (&decay)[2]) {
+    float most[2];
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+        most[row] = (largest_of_row(s, row) - MAGIC) * (rows.scale[row] * key_scale);
+    constexpr float SLACK = LARGEST_P - USUAL_P;
+    if (!__any_sync(0xffffffffu, most[0] > rows.base[0] + SLACK || most[1] > rows.base[1] + SLACK)) return false;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        float most = __int_as_float(s[2 * row]);
+        most[row] = fmaxf(rows.base[row], most[row]);
+        decay[row] = power_of_two(rows.base[row] - most[row]);
+        rows.base[row] = most[row];
+    }
+    return true;
+}
+
+// Raise each row's base by so many whole powers of two that the largest P of this tile is about the usual one, and
+// change P accordingly.
+__device__ __forceinline__ void lower(int (&s)[64], Rows& rows, float (&decay)[2]) {
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-            most = fmaxf(fmaxf(most, __int_as_float(s[4 * i + 2 * row])), __int_as_float(s[4 * i + 2 * row + 1]));
-        most = (largest_of_four_threads(most) - MAGIC) * (rows.scale[row] * key_scale);
-        most = fmaxf(rows.base[row], most);
-        decay[row] = power_of_two(rows.base[row] - most);
-        rows.base[row] = most;
+    for (int row = 0; row < 2; row++) {
+        const float rise = fmaxf(0.0f, ceilf(__log2f(largest_of_row(s, row)) - USUAL_P));
+        rows.base[row] += rise;
+        decay[row] = power_of_two(-rise);
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            int& x = s[i / 2 * 4 + 2 * row + i % 2];
+            x = __float_as_int(__int_as_float(x) * decay[row]);
+        }
     }
 }
 
@@ -110,14 +157,15 @@ __device__ __forceinline__ void hide_keys(int (&s)[64], int count, int lane) {
         if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= count) s[i] = NO_KEY;
 }
 
-// heads: of all batch entries together. q, k, v: heads x tiles, those of k with their scales. out: bfloat16.
+// heads: of all batch entries together. q, k, v: heads x tiles, those of k with their scales. key_norms: of the longest
+// key of every head. out: bfloat16.
 // listed: heads x query tiles x key tiles, of which the first `counts` are read; null for all of them. The last tile of
 // all, which may be partly filled, comes last.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend8(const u8* __restrict__ q, const float* __restrict__ q_scale, const u8* __restrict__ k,
-            const u8* __restrict__ v, const float* __restrict__ v_scale, unsigned short* __restrict__ out,
-            const int* __restrict__ listed, const int* __restrict__ counts, int queries, int keys, int heads_of_batch,
-            long long batch_stride, long long token_stride, long long head_stride) {
+            const float* __restrict__ key_norms, const u8* __restrict__ v, const float* __restrict__ v_scale,
+            u16* __restrict__ out, const int* __restrict__ listed, const int* __restrict__ counts, int queries, int keys,
+            int heads_of_batch, long long batch_stride, long long token_stride, long long head_stride) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
     u8* const shared = raw + (base - shared_address(raw));
@@ -175,13 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int consumer = group - 1, lane = thread % 32;
-    const int first_row = tile * TILE + 64 * consumer + 16 * (thread / 32) + lane / 4;
+    const int row_in_tile = 64 * consumer + 16 * (thread / 32) + lane / 4, first_row = tile * TILE + row_in_tile;
     const u64 q_matrix = matrix_descriptor(q_at + consumer * (TILE_BYTES / 2));
     Rows rows;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         rows.base[row] = __int_as_float(NO_KEY);
-        rows.scale[row] = q_scale[row_of_lists * TILE + (first_row - tile * TILE) + 8 * row];
+        rows.scale[row] = q_scale[row_of_lists * TILE + row_in_tile + 8 * row];
     }
     float sums[68], part[68];
     int s[64];
@@ -215,11 +263,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrier_wait(first_full, 0);
     float key_scale = scale_of(0);
     scores(0);
+    float most[2];  // that a score can be
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+        most[row] = norm_of_row(q_at + (row_in_tile + 8 * row) * TILE, lane) * rows.scale[row] * key_norms[head];
     products_wait<0>();
     keep(s);
     if (count == 1 && hidden_from < TILE) hide_keys(s, hidden_from, lane);
-    raise_base(s, rows, key_scale, decay);
-    soften(s, p, rows, key_scale);
+    follow(s, rows, key_scale, decay);
+    soften(s, rows, key_scale);
+    pack_all(s, p);
+    const bool is_bounded =
+        __all_sync(0xffffffffu, most[0] - rows.base[0] <= ROOM && most[1] - rows.base[1] <= ROOM);  // not with NaN
 
     // Named barriers 1 and 2: whose turn it is in the tensor cores. The first consumer begins.
     if (consumer == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
@@ -228,28 +283,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int next_stage = stage + 1 == STAGES ? 0 : stage + 1;
         barrier_wait(full + 8 * stage, turn);
         asm volatile("bar.sync %0, 256;" ::"r"(1 + consumer) : "memory");
-        values(stage, i % FLUSH);
         scores(next_stage);
+        values(stage, i % FLUSH);
         asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
         key_scale = scale_of(next_stage);
         products_wait<1>();
+        keep(s);
+        if (i + 2 == count && hidden_from < TILE) hide_keys(s, hidden_from, lane);
+        bool is_raised = !is_bounded && follow(s, rows, key_scale, decay);
+        soften(s, rows, key_scale);
+        products_wait<0>();
         keep(part);
-        if (i % FLUSH == FLUSH - 1) {
+        if (lane == 0) barrier_arrive(free + 8 * stage);
+        const bool is_full = i % FLUSH == FLUSH - 1;
+        if (is_full) {
 #pragma unroll
             for (int j = 0; j < 68; j++) sums[j] += part[j];
         }
-        products_wait<0>();
-        keep(s);
-        if (lane == 0) barrier_arrive(free + 8 * stage);
-        if (i + 2 == count && hidden_from < TILE) hide_keys(s, hidden_from, lane);
-        const bool too_large = soften(s, p, rows, key_scale);
-        if (__any_sync(0xffffffffu, too_large)) {
-            raise_base(s, rows, key_scale, decay);
-            soften(s, p, rows, key_scale);
-            const bool is_open = i % FLUSH != FLUSH - 1;
+        if (__any_sync(0xffffffffu, pack_all(s, p)) && is_bounded) {
+            lower(s, rows, decay);
+            pack_all(s, p);
+            is_raised = true;
+        }
+        if (is_raised) {
 #pragma unroll
             for (int j = 0; j < 68; j++) {
-                if (is_open) sums[j] += part[j];
+                if (!is_full) sums[j] += part[j];
                 sums[j] *= decay[j / 2 % 2];
                 part[j] = 0;
             }
@@ -264,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < 68; j++) sums[j] += part[j];
 
-    unsigned short* own_out = out + (head / heads_of_batch) * batch_stride + (head % heads_of_batch) * head_stride;
+    u16* own_out = out + (head / heads_of_batch) * batch_stride + (head % heads_of_batch) * head_stride;
     const float* own_v_scale = v_scale + (size_t)head * TILE;
 #pragma unroll
     for (int row = 0; row < 2; row++) {

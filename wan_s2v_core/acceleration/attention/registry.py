@@ -23,7 +23,7 @@ from .reference import prepare_listed
 log = logging.getLogger(__name__)
 
 AttendListed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v: B L N D; listed: B*N tiles(q) tiles(k); counts: B*N tiles(q)) -> B L N D; see `hopper.attend16`.
+"""(q, k, v: B L N D; listed: B*N tiles(q) tiles(k); counts: B*N tiles(q)) -> B L N D; see `hopper.prepare16`.
 
 What it makes of keys and values once for many slices of queries is a `PreparedListed`."""
 MakeOfKeys = Callable[[KeysValues], Callable[..., Tensor]]
@@ -115,8 +115,8 @@ def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Att
     return attend
 
 
-def with_8_bit_keys(prepare: MakeOfKeys) -> tuple[Attend, AttendListed]:
-    """Both ways to call a backend that makes 8-bit copies of keys and values; results are of the queries' type."""
+def both_ways(prepare: MakeOfKeys) -> tuple[Attend, AttendListed]:
+    """Both ways to call a backend that makes something of keys and values first; results are of the queries' type."""
 
     def prepare_both(made: KeysValues) -> Callable[..., Tensor]:
         attend = prepare(made)
@@ -144,16 +144,16 @@ def need_hopper(setting: Setting) -> None:
 
 def load_hopper(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_hopper(setting)
-    from .hopper import attend16
+    from .hopper import prepare16
 
-    return without_context(attend16), attend16
+    return both_ways(prepare16)
 
 
 def load_hopper8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_hopper(setting)
     from .hopper import prepare8
 
-    return with_8_bit_keys(prepare8)
+    return both_ways(prepare8)
 
 
 def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -170,7 +170,7 @@ def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     with needed("triton"):
         from .portable import prepare8
 
-    return with_8_bit_keys(prepare8)
+    return both_ways(prepare8)
 
 
 def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -197,8 +197,8 @@ def load_sage(setting: Setting) -> tuple[Attend, AttendListed | None]:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(FLASH_4, True, "flash-attention 4, a package for Hopper and Blackwell cards", load_flash4),
         Backend(HOPPER, True, "our own kernel for Hopper cards", load_hopper),
+        Backend(FLASH_4, True, "flash-attention 4, a package for Hopper and Blackwell cards", load_flash4),
         Backend(SDPA, True, "PyTorch's own, cuDNN first", load_sdpa),
         Backend(PORTABLE, True, "our own Triton kernel for any card", load_portable),
         Backend(HOPPER_8, False, "our own kernel for Hopper cards, 8 bits", load_hopper8),

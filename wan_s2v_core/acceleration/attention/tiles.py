@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import TILE, tiles_of
+from .norms import keep_larger, no_norms
 from .reference import FAINTEST, LARGEST_VALUE, sampled_means, score_factor
 
 KEY_TILE_BYTES = TILE * TILE + 16
@@ -26,7 +27,7 @@ def _swizzled(rows, columns):
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def _rows_kernel(
-    x, mean, out, scales, tokens, batch_stride, token_stride, head_stride, heads, factor,
+    x, mean, out, scales, norms, tokens, batch_stride, token_stride, head_stride, heads, factor,
     HAS_MEAN: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, BYTES: tl.constexpr, FAINTEST: tl.constexpr,
 ):  # fmt: skip
     tile, head, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -46,8 +47,10 @@ def _rows_kernel(
         scale = (tl.max(scale, 0) + tl.sum(scale * 0.0, 0))[:, None]
         scale = tl.where(scale < FAINTEST, FAINTEST, scale)
         tl.store(scales + number * (BYTES // 4) + TILE * TILE // 4 + tl.arange(0, 1)[:, None], scale * factor)
-    rounded = tl.floor(value / scale + 0.5).to(tl.int8)
-    tl.store(out + number * BYTES + _swizzled(rows, columns), rounded)
+    rounded = tl.floor(value / scale + 0.5)
+    if not PER_ROW:
+        keep_larger(norms, head, tl.max(tl.sqrt(tl.sum(rounded * rounded, 1)[:, None]) * scale * factor))
+    tl.store(out + number * BYTES + _swizzled(rows, columns), rounded.to(tl.int8))
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -92,11 +95,14 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), x.shape[2]
 
 
-def _rows(x: Tensor, out: Tensor, scales: Tensor, mean: Tensor | None, factor: float, per_row: bool) -> None:
+def _rows(
+    x: Tensor, out: Tensor, scales: Tensor, mean: Tensor | None = None, norms: Tensor | None = None, factor: float = 1.0
+) -> None:
     batch, tokens, heads, _ = x.shape
     _rows_kernel[(tiles_of(tokens), batch * heads)](
-        x, mean, out, scales, tokens, *_layout(x), factor,
-        HAS_MEAN=mean is not None, PER_ROW=per_row, TILE=TILE, BYTES=out.shape[-1], FAINTEST=FAINTEST, num_warps=8,
+        x, mean, out, scales, norms, tokens, *_layout(x), factor,
+        HAS_MEAN=mean is not None, PER_ROW=norms is None, TILE=TILE, BYTES=out.shape[-1], FAINTEST=FAINTEST,
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -111,16 +117,23 @@ def query_tiles(q: Tensor) -> tuple[Tensor, Tensor]:
     heads, tiles = q.shape[0] * q.shape[2], tiles_of(q.shape[1])
     out = torch.empty(heads, tiles, TILE * TILE, device=q.device, dtype=torch.int8)
     scales = torch.empty(heads, tiles, TILE, device=q.device)
-    _rows(q, out, scales, None, score_factor(TILE), per_row=True)
+    _rows(q, out, scales, factor=score_factor(TILE))
     return out, scales
 
 
-def key_tiles(k: Tensor) -> Tensor:
-    """int8 tiles of keys less their mean, each with its float32 scale behind it. B L N 128 -> B*N tiles 16400."""
+def key_tiles(k: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 tiles of keys less their mean, each with its float32 scale behind it, and the longest norm of each head.
+
+    Args:
+        k: B L N 128.
+    Returns:
+        B*N tiles 16400 int8, and B*N float32, NaN where a value is not finite.
+    """
     heads, tiles = k.shape[0] * k.shape[2], tiles_of(k.shape[1])
     out = torch.empty(heads, tiles, KEY_TILE_BYTES, device=k.device, dtype=torch.int8)
-    _rows(k, out, out.view(torch.float32), sampled_means(k), 1.0, per_row=False)
-    return out
+    norms = no_norms(k)
+    _rows(k, out, out.view(torch.float32), sampled_means(k), norms)
+    return out, norms.view(torch.float32)
 
 
 def value_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
