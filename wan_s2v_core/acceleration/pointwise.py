@@ -114,7 +114,13 @@ class FusedPointwise(Pointwise):
     def add_to_noisy(self, x: Tensor, y: Tensor, context: BlockContext) -> Tensor:
         if torch.is_grad_enabled():
             return super().add_to_noisy(x, y, context)
-        context.segments(x)[0].add_(y)
+        noisy, _ = context.segments(x)
+        if serves(noisy, y):
+            from .kernels.norm import step
+
+            step(noisy, context.noisy_tokens, y)
+        else:
+            noisy.add_(y)
         return x
 
 
