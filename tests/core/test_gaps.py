@@ -94,12 +94,12 @@ def clip_tensors(
 ) -> list[tuple[int, int | None]]:
     """What comes and goes in two steps of sampling a clip, besides weights."""
     from wan_s2v_core.acceleration.attention.hopper import prepare8, prepare16
-    from wan_s2v_core.acceleration.attention.registry import both_ways
+    from wan_s2v_core.acceleration.attention.registry import prepared
 
     slice_tokens(network, plan.slice_tokens)
     (keep_keys_values if plan.keeps_keys_values else compute_keys_values)(network)
     for block in network.stack.blocks:
-        block.attention.attend = both_ways(prepare8 if bits == 8 else prepare16)[0]
+        block.attention.attend = prepared(prepare8 if bits == 8 else prepare16)[0]
     (height, width), frames = shape.latent_size, shape.latent_frames
 
     def made(*sizes: int) -> torch.Tensor:

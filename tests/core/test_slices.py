@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wan_s2v_core.acceleration.attention import sparse
 from wan_s2v_core.acceleration.attention.reference import attend_listed, emulate8, prepare_emulated8
-from wan_s2v_core.acceleration.attention.registry import PreparedListed, both_ways
+from wan_s2v_core.acceleration.attention.registry import PreparedListed, prepared
 from wan_s2v_core.acceleration.attention.sparse import SparsePlan, StripOrder, sparse_attend
 from wan_s2v_core.acceleration.experts.router import set_routing, take_load
 from wan_s2v_core.acceleration.keys_values import keep_keys_values
@@ -275,7 +275,7 @@ def test_slices_choose_the_same_tiles(monkeypatch):
 
 def emulated(keys_at_once):
     """An 8-bit backend as the registry has them, computed in plain torch."""
-    return both_ways(partial(prepare_emulated8, keys_at_once=keys_at_once))
+    return prepared(partial(prepare_emulated8, keys_at_once=keys_at_once))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])

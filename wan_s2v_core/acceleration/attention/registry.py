@@ -115,7 +115,7 @@ def without_context(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Att
     return attend
 
 
-def both_ways(prepare: MakeOfKeys) -> tuple[Attend, AttendListed]:
+def prepared(prepare: MakeOfKeys) -> tuple[Attend, AttendListed]:
     """Both ways to call a backend that makes something of keys and values first; results are of the queries' type."""
 
     def prepare_both(made: KeysValues) -> Callable[..., Tensor]:
@@ -146,14 +146,14 @@ def load_hopper(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_hopper(setting)
     from .hopper import prepare16
 
-    return both_ways(prepare16)
+    return prepared(prepare16)
 
 
 def load_hopper8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     need_hopper(setting)
     from .hopper import prepare8
 
-    return both_ways(prepare8)
+    return prepared(prepare8)
 
 
 def load_portable(setting: Setting) -> tuple[Attend, AttendListed | None]:
@@ -170,7 +170,7 @@ def load_portable8(setting: Setting) -> tuple[Attend, AttendListed | None]:
     with needed("triton"):
         from .portable import prepare8
 
-    return both_ways(prepare8)
+    return prepared(prepare8)
 
 
 def load_flash4(setting: Setting) -> tuple[Attend, AttendListed | None]:
