@@ -9,7 +9,7 @@
 // relative to a base that a row keeps until P leaves e4m3, which shows when P is rounded: in float32 it is still there,
 // and follows the new base. Where a score could be so far above the base that float32 would not hold it either, going by
 // the norms of its query and of the longest key, scores are looked through for that first.
-// Products of P and V are summed per tile in the tensor cores and over tiles in float32 registers, because the tensor
+// Products of P and V are summed over a few tiles in the tensor cores and beyond in float32 registers, because the tensor
 // cores keep only some 14 bits of a sum of 8-bit products.
 //
 // Techniques: FlashAttention-3 (arXiv 2407.08608), SageAttention 2 (arXiv 2411.10958). Written from the papers.
@@ -26,8 +26,8 @@ constexpr int MAGIC_BITS = 0x4B400000;
 // has to follow, which costs as much as a tile, and it is exact to 2^-6 and holds something down to 2^-9.
 constexpr float USUAL_P = 4.0f;
 constexpr float LARGEST_P = 8.8f;
-constexpr float ROOM = 120.0f;  // powers of two that scores may rise above a base with P still in float32
-constexpr int FLUSH = 4;  // tiles that the tensor cores sum up by themselves
+constexpr float ROOM = 120.0f;     // powers of two that scores may rise above a base with P still in float32
+constexpr int FLUSH = 4;           // tiles that the tensor cores sum up by themselves
 
 // Tells the compiler that tensor cores may have changed these registers.
 __device__ __forceinline__ void keep(int (&x)[64]) { asm volatile("" : IN_USE64(INT_IO, x)::"memory"); }
