@@ -1,4 +1,4 @@
-"""The tiles that the 8-bit kernel for Hopper cards reads, and its arithmetic, without a card; the kernels on one.
+"""The tiles that the 8-bit kernel for Hopper cards reads, and its arithmetic, without a card.
 
 Triton's kernels run as Python in a process of their own (interpreted_tiles.py); CUDA C++ is compiled where NVRTC is.
 """
@@ -10,14 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import ROOT
 
 from wan_s2v_core.acceleration import attention
-from wan_s2v_core.acceleration.attention.reference import dense_mask
-from wan_s2v_core.geometry import TILE, tiles_of
-from wan_s2v_core.seams import KeysValues
 
 
 def test_tiles_as_python():
@@ -96,85 +91,6 @@ def test_what_does_not_compile_is_told():
 
     with pytest.raises(BackendUnavailable, match=r"hopper16.cu does not compile here: [\s\S]*Choose attention sdpa"):
         compiled("attend16", ("KEYS=banana",))
-
-
-# --- on a card -----------------------------------------------------------------------------------------------------
-
-
-def error_of(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lists: torch.Tensor) -> float:
-    """Relative L2 to attention in float64."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    mask = dense_mask(*lists, q.shape[2], k.shape[2]).unflatten(0, q.shape[:2]) if lists else None
-    exact = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-    return float((out - exact).norm() / exact.norm())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper card")
-class TestOnCard:
-    """Both kernels on queries and keys of any length: where no score can leave the room above a base, and where they
-    rise from tile to tile beyond what float32 holds."""
-
-    SHAPES = ((1, 1000, 3), (2, 77, 1), (1, 128, 40), (1, 1409, 2), (1, 2000, 3))
-
-    @staticmethod
-    def random(shape, dtype, times):
-        q, k, v = (torch.randn(*shape, 128, device="cuda") for _ in range(3))
-        ramp = torch.linspace(0.1, 1.0, shape[1], device="cuda")[:, None, None]
-        k = k * ramp * times + 3 * torch.randn(128, device="cuda")
-        return [x.to(dtype) for x in (q, k, v)]
-
-    @pytest.mark.parametrize("times", [1, 8, 40, 400])
-    @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.004), (torch.float16, 0.0006)])
-    def test_exact(self, dtype, allowed, times, fresh_seed):
-        from wan_s2v_core.acceleration.attention.hopper import prepare16
-
-        torch.manual_seed(fresh_seed)
-        allowed += 1e-5 * times  # scores of thousands are exact to float32 no better than that
-        for shape in self.SHAPES:
-            q, k, v = self.random(shape, dtype, times)
-            attend = prepare16(KeysValues.of(k, v))
-            out = attend(q)
-            assert error_of(out, q, k, v) < allowed
-            if shape[1] > TILE:
-                assert torch.equal(attend(q[:, TILE:]), out[:, TILE:]), "slices of queries give the same bits"
-            lists = random_lists(shape[0] * shape[2], shape[1], shape[1], "cuda")
-            assert error_of(attend(q, *lists), q, k, v, *lists) < allowed
-
-    @pytest.mark.parametrize("times", [1, 8, 40, 400])
-    def test_in_8_bits(self, times, fresh_seed):
-        from wan_s2v_core.acceleration.attention.hopper import prepare8
-
-        torch.manual_seed(fresh_seed)
-        for shape in self.SHAPES:
-            q, k, v = self.random(shape, torch.bfloat16, times)
-            attend = prepare8(KeysValues.of(k, v))
-            out = attend(q)
-            if times == 1:  # beyond it, rounding queries and keys alone decides which key wins
-                assert error_of(out, q, k, v) < 0.06
-            assert torch.isfinite(out).all()
-            lists = random_lists(shape[0] * shape[2], shape[1], shape[1], "cuda")
-            listed = attend(q, *lists)
-            assert torch.isfinite(listed).all() and (times > 1 or error_of(listed, q, k, v, *lists) < 0.06)
-
-    def test_what_is_no_number_is_not_hidden(self):
-        from wan_s2v_core.acceleration.attention.hopper import prepare8, prepare16
-
-        for prepare in (prepare16, prepare8):
-            for wrong in (torch.nan, torch.inf):
-                q, k, v = self.random((1, 700, 2), torch.bfloat16, 1)
-                k[0, 333, 1, 5] = wrong
-                finite = prepare(KeysValues.of(k, v))(q).isfinite().all(dim=-1)[0]
-                assert finite[:, 0].all() and not finite[:, 1].all()
-
-
-def random_lists(heads: int, queries: int, keys: int, device: str) -> list[torch.Tensor]:
-    """About half of the tiles for each tile of queries, in rising order, the last of all among them."""
-    tiles = tiles_of(keys)
-    seen = torch.rand(heads, tiles_of(queries), tiles, device=device) < 0.5
-    seen[..., -1] = True
-    listed = torch.where(seen, torch.arange(tiles, device=device), tiles).sort(dim=-1).values
-    return [listed.clamp(max=tiles - 1).int().contiguous(), seen.sum(dim=-1).int()]
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
