@@ -1,5 +1,5 @@
-"""The attention kernels for Hopper cards on one: queries and keys of any length, where no score can leave the room above
-a base, and where scores rise from tile to tile beyond what float32 holds."""
+"""The attention kernels for Hopper cards, on one: queries and keys of any length, where no score can leave the
+room above a base, and where scores rise from tile to tile beyond what float32 holds."""
 
 import pytest
 import torch
