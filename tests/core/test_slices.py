@@ -284,10 +284,10 @@ def test_8_bit_attention_prepares_its_keys_once(share, by, make_model, make_inpu
     """Scales of tiles and channels are those of all keys; so the sliced model is the plain one, rounded alike."""
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
     attend, listed = emulated(64)
-    prepared = []
+    made_for = []
 
     def counted(made):
-        prepared.append(made)
+        made_for.append(made)
         return listed.prepare(made)
 
     plan = SparsePlan(share, by, 0)
@@ -299,7 +299,7 @@ def test_8_bit_attention_prepares_its_keys_once(share, by, make_model, make_inpu
     sliced, plain = both_ways(model, noise, condition, 128)
     torch.testing.assert_close(sliced, plain, **CLOSE)
     torch.testing.assert_close(exact_model_output, plain, atol=0, rtol=0)
-    assert len(prepared) == (3 * TINY.blocks if share < 1 else 0), "once a block and forward"
+    assert len(made_for) == (3 * TINY.blocks if share < 1 else 0), "once a block and forward"
 
 
 def test_a_backend_keeps_no_more_of_keys_than_it_makes():

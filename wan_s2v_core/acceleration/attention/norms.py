@@ -27,6 +27,12 @@ def _norms_kernel(x, norms, tokens, batch_stride, token_stride, head_stride, hea
     keep_larger(norms, head, tl.sqrt(tl.max(squares, 0) + tl.sum(squares * 0.0, 0)))  # maxima lose NaN, sums keep it
 
 
+def layout(x: Tensor) -> tuple[int, int, int, int]:
+    """How kernels find the heads of B L N 128: strides of batch, token and head, and the number of heads."""
+    assert x.shape[-1] == TILE and x.stride(-1) == 1
+    return x.stride(0), x.stride(1), x.stride(2), x.shape[2]
+
+
 def no_norms(x: Tensor) -> Tensor:
     """Zeros, one for each head, as the bits of float32. B L N D -> B*N int32."""
     return torch.zeros(x.shape[0] * x.shape[2], dtype=torch.int32, device=x.device)
@@ -34,10 +40,6 @@ def no_norms(x: Tensor) -> Tensor:
 
 def largest_norms(x: Tensor) -> Tensor:
     """The norm of the longest token of every head; NaN or infinite where there is such a value. B L N 128 -> B*N."""
-    batch, tokens, heads, width = x.shape
-    assert width == TILE and x.stride(-1) == 1
-    norms = no_norms(x)
-    _norms_kernel[(batch * heads, tiles_of(tokens))](
-        x, norms, tokens, x.stride(0), x.stride(1), x.stride(2), heads, TILE=TILE, num_warps=8
-    )
+    norms, tokens = no_norms(x), x.shape[1]
+    _norms_kernel[(len(norms), tiles_of(tokens))](x, norms, tokens, *layout(x), TILE=TILE, num_warps=8)
     return norms.view(torch.float32)

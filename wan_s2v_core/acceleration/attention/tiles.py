@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import TILE, tiles_of
-from .norms import keep_larger, no_norms
+from .norms import keep_larger, layout, no_norms
 from .reference import FAINTEST, LARGEST_VALUE, sampled_means, score_factor
 
 KEY_TILE_BYTES = TILE * TILE + 16
@@ -89,18 +89,12 @@ def _values_kernel(x, scales, out, tokens, batch_stride, token_stride, head_stri
     tl.store(out + number * (TILE * TILE // 4) + place, tl.trans(packed))
 
 
-def _layout(x: Tensor) -> tuple[int, int, int, int]:
-    """B L N D -> strides of batch, token and head, and the number of heads."""
-    assert x.shape[-1] == TILE and x.stride(-1) == 1
-    return x.stride(0), x.stride(1), x.stride(2), x.shape[2]
-
-
 def _rows(
     x: Tensor, out: Tensor, scales: Tensor, mean: Tensor | None = None, norms: Tensor | None = None, factor: float = 1.0
 ) -> None:
     batch, tokens, heads, _ = x.shape
     _rows_kernel[(tiles_of(tokens), batch * heads)](
-        x, mean, out, scales, norms, tokens, *_layout(x), factor,
+        x, mean, out, scales, norms, tokens, *layout(x), factor,
         HAS_MEAN=mean is not None, PER_ROW=norms is None, TILE=TILE, BYTES=out.shape[-1], FAINTEST=FAINTEST,
         num_warps=8,
     )  # fmt: skip
@@ -141,9 +135,9 @@ def value_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = x.shape
     tiles, all_heads, parts = tiles_of(tokens), batch * heads, -(-tokens // TOKENS_AT_ONCE)
     largest = torch.empty(all_heads, parts, TILE, device=x.device)
-    _largest_kernel[(parts, all_heads)](x, largest, tokens, *_layout(x), TILE=TILE, TOKENS=TOKENS_AT_ONCE, num_warps=8)
+    _largest_kernel[(parts, all_heads)](x, largest, tokens, *layout(x), TILE=TILE, TOKENS=TOKENS_AT_ONCE, num_warps=8)
     scales = largest.amax(dim=1) / LARGEST_E4M3
     out = torch.empty(all_heads, tiles, TILE * TILE, device=x.device, dtype=torch.float8_e4m3fn)
     words = out.view(torch.int32)
-    _values_kernel[(tiles, all_heads)](x, scales, words, tokens, *_layout(x), TILE=TILE, num_warps=4)
+    _values_kernel[(tiles, all_heads)](x, scales, words, tokens, *layout(x), TILE=TILE, num_warps=4)
     return out, scales
