@@ -19,3 +19,10 @@ class BackendUnavailable(WanS2VError, RuntimeError):
 
 class OutOfMemory(WanS2VError, RuntimeError):
     """A stage needs more memory than its device has."""
+
+
+def shown(value: object, longest: int = 100) -> str:
+    """A value as messages show it: on one line, printable, and cut at `longest` characters."""
+    text = value if isinstance(value, str) else str(value)
+    cut = text if len(text) <= longest else text[:longest] + f"... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)

@@ -1,0 +1,116 @@
+"""What comes in from outside: files, JSON and text that others made. Every reader of them begins here.
+
+Foreign parsers raise what they like, and special files block or never end. Here each becomes one line of ours.
+"""
+
+import contextlib
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, WanS2VError, shown
+
+LARGEST_JSON_BYTES = 64_000_000
+"""umT5's tokenizer.json, the largest that is read, takes 17 MB."""
+LONGEST_TEXT = 100_000
+"""Characters of a prompt. umT5 reads the first 512 tokens."""
+
+
+def file_size(path: str | Path, largest_bytes: int | None = None, error: type[WanS2VError] = ConfigError) -> int:
+    """Bytes of a regular file.
+
+    Raises:
+        error: if it is not there, is a folder, pipe or device, or is larger than `largest_bytes`.
+    """
+    try:
+        facts = Path(path).stat()
+    except (OSError, ValueError) as problem:  # ValueError: a null character in the name
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{shown(path)} cannot be opened: {reason}. Check the name and the folder.") from problem
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe, socket or device"
+        raise error(f"{shown(path)} is {kind}, not a regular file. Choose a file.")
+    if largest_bytes is not None and facts.st_size > largest_bytes:
+        raise error(
+            f"{shown(path)} has {facts.st_size:,} bytes; at most {largest_bytes:,} are read. Is it the right file?"
+        )
+    return facts.st_size
+
+
+def read_bytes(path: str | Path, largest_bytes: int, error: type[WanS2VError] = ConfigError) -> bytes:
+    """A whole small file.
+
+    Raises:
+        error: as `file_size`, and if it cannot be read.
+    """
+    file_size(path, largest_bytes, error)
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise error(f"{shown(path)} cannot be read: {problem.strerror}. Check its permissions.") from problem
+
+
+def read_json(
+    path: str | Path, error: type[WanS2VError] = ConfigError, largest_bytes: int = LARGEST_JSON_BYTES
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: if there is none, or the file is no regular one or too large.
+    """
+    return parse_json(read_bytes(path, largest_bytes, error), str(path), error)
+
+
+def parse_json(text: str | bytes, origin: str, error: type[WanS2VError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in `text`, which came from `origin`.
+
+    Raises:
+        error: if it is none: no JSON, nested too deeply, numbers of thousands of digits, not UTF-8.
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{shown(origin)} cannot be read as JSON: {shown(problem)}. Replace the file.") from problem
+    if not isinstance(content, dict):
+        raise error(f"{shown(origin)} holds a {type(content).__name__}, not a JSON object. Replace the file.")
+    return content
+
+
+@contextlib.contextmanager
+def foreign_parser(origin: Any, cure: str, error: type[WanS2VError] = ConfigError) -> Iterator[None]:
+    """Within, whatever a parser that is not ours raises becomes one line with the file and the reason.
+
+    Only the call of the parser belongs inside: callbacks of ours, such as a cancel, must not.
+
+    Raises:
+        error: in place of what was raised. Errors of ours pass as they are.
+    """
+    try:
+        yield
+    except WanS2VError:
+        raise
+    except Exception as problem:
+        reason = shown(str(problem).strip() or type(problem).__name__, 200)
+        raise error(f"{shown(origin)} cannot be read: {reason}. {cure}") from problem
+
+
+def check_text(name: str, text: Any, longest: int = LONGEST_TEXT) -> str:
+    """`text`, if it can be written, sent and read by a tokenizer.
+
+    Raises:
+        ConfigError: if it is no text, too long, or not valid Unicode (a lone surrogate, as a wrong locale makes them).
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} is a {type(text).__name__}, not text. Give text.")
+    if len(text) > longest:
+        raise ConfigError(f"{name} has {len(text):,} characters; at most {longest:,} are taken. Shorten it.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise ConfigError(
+            f"{name} is not valid Unicode at character {problem.start + 1}: {shown(text)}. Type it again; on a "
+            "terminal, set a UTF-8 locale such as LANG=C.UTF-8."
+        ) from problem
+    return text
