@@ -35,7 +35,7 @@ from wan_s2v_core.bench.other_networks import PROMPT  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks, MeasuredPipeline  # noqa: E402
 from wan_s2v_core.conditioning.bundle import make_conditioning  # noqa: E402
 from wan_s2v_core.conditioning.image import read_picture, to_frames  # noqa: E402
-from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, MemoryLimits, SamplingConfig, VideoConfig  # noqa: E402
+from wan_s2v_core.config import ALWAYS, AUTO, DEFAULT_NEGATIVE_PROMPT, MemoryLimits, SamplingConfig, VideoConfig  # noqa: E402
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
@@ -86,7 +86,7 @@ def reset_peak() -> None:
 def random_networks(sizes: dict[str, Any], precision: str, device: torch.device, offload: bool) -> CheckpointNetworks:
     """All four, resting where offload or its absence has them."""
     loading = plan_loading(precision, device)
-    networks = CheckpointNetworks({}, loading, offload)
+    networks = CheckpointNetworks({}, loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
         networks.put(kind, random_network(kind, sizes[kind], loading, home))

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +26,19 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.config import DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
+from ..wan_s2v_core.config import ALWAYS, DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
 from ..wan_s2v_core.memory.placement import Placement
-from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, find_part
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
+from .limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
 
 log = logging.getLogger(__name__)
 
@@ -130,35 +132,56 @@ def files_stamp(*files: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-class Placed(nn.Module):
-    """A network as ComfyUI's ModelPatcher manages it: with the attributes it sets, and a quick way back."""
+check_interrupt = manager.throw_exception_if_processing_interrupted
+"""Raises ComfyUI's own exception when the user has pressed cancel."""
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether networks compute where they lie anyway."""
+    return device == torch.device("cpu")
+
+
+class WanS2VNetwork(nn.Module):
+    """What ComfyUI's memory manager sees of a network of ours. Its weights move with their placement alone."""
 
     def __init__(self, placement: Placement):
         super().__init__()
-        self.network, self.device, self.placement = placement.network, torch.device("cpu"), placement
+        self.network, self.placement, self.device = placement.network, placement, torch.device("cpu")
 
-    def to(self, device: torch.device, *args: Any, **options: Any) -> "Placed":
-        if torch.device(device).type == "cpu":
+
+class NetworkPatcher(comfy.model_patcher.ModelPatcher):
+    """Lets ComfyUI take a network of ours off the GPU when it needs the room. A network is there as a whole or not at
+    all; where only layers of one are to be there, they move by themselves (`memory.block_swap`)."""
+
+    def __init__(self, placement: Placement, device: torch.device):
+        super().__init__(WanS2VNetwork(placement), device, torch.device("cpu"), size=placement.bytes)
+        self.placement = placement
+
+    def loaded_size(self) -> int:
+        return self.placement.device_bytes
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.placement.device_bytes else self.offload_device
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False) -> int:
+        try:
+            self.placement.send(device_to, check=check_interrupt)
+        except BaseException:
             self.placement.take_back()
-            return self
-        return super().to(device, *args, **options)
+            raise
+        return self.loaded_size()
 
-
-class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """ComfyUI moves our networks as a whole. Where only layers of one are to be on the card, they move themselves
-    (`memory.block_swap`), and ComfyUI is asked for the room alone."""
-
-    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        return super().partially_load(device_to, EVERYTHING, force_patch_weights)
-
-    def partially_unload(self, device_to, memory_to_free=0, *args, **options):
+    def partially_unload(self, device_to, memory_to_free=0, *args, **options) -> int:
         freed = self.loaded_size()
-        self.detach()
+        self.placement.take_back()
         return freed
 
+    def detach(self, unpatch_all=True) -> WanS2VNetwork:
+        self.placement.take_back()
+        return self.model
 
-EVERYTHING = 1e32
-"""ComfyUI's own number for no limit of memory."""
+    def get_ram_usage(self) -> int:
+        return self.placement.host_bytes
 
 
 class Place:
@@ -166,13 +189,15 @@ class Place:
 
     def __init__(self):
         self.made_from: tuple | None = None
-        self.patcher: WholePatcher | None = None
+        self.patcher: NetworkPatcher | None = None
         self.sizes: tuple[tuple, Sizes] | None = None
         """What they were measured for, and they."""
 
 
 PLACES: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 """(kind, path) -> Place. A network lives as long as ComfyUI keeps the output of a loader that names it."""
+PLACES_LOCK = threading.Lock()
+"""A forecast asks for places in a thread of its own."""
 
 
 class Model:
@@ -192,7 +217,21 @@ class Model:
         limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
     ):
         self.recipe, self.acceleration, self.accelerated_in, self.limits = recipe, acceleration, accelerated_in, limits
-        self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
+        with PLACES_LOCK:
+            self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
+
+    @property
+    def patcher(self) -> NetworkPatcher | None:
+        """The network as ComfyUI manages it, once it has been loaded. ComfyUI's caches look for it by this name."""
+        return self.place.patcher
+
+    def get_ram_usage(self) -> int:
+        """Bytes of host memory; asked for by ComfyUI 0.3.75."""
+        return self.patcher.get_ram_usage() if self.patcher else 0
+
+    def _comfy_cache_tensors(self) -> list[Tensor]:
+        """What takes host memory; asked for by ComfyUI 0.38 and later."""
+        return self.patcher.placement.host_tensors() if self.patcher else []
 
     def with_acceleration(self, plan: AccelerationPlan, node_id: str) -> "Model":
         """The same network, in the same place, under another plan."""
@@ -210,22 +249,24 @@ class ComfyNetworks:
 
     Args:
         precision: of the DiT and the text encoder; the audio encoder stays float32.
-        offload: take each network off the card when its stage is over; otherwise it stays until ComfyUI needs room.
+        offload: when networks leave the GPU, one of `config.OFFLOADS`.
         on_cpu: leave all of them in main memory.
         split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
         low_noise: a second DiT, for steps of low noise.
         text_precision: of the text encoder, see `prepare.TEXT_PRECISIONS`.
+        limits: what memory a run may use. None: what the DiT among the models says, or else the running prompt.
     """
 
     def __init__(
         self,
         *models: Model,
         precision: str = AUTO,
-        offload: bool = True,
+        offload: str = AUTO,
         on_cpu: bool = False,
         split_experts: int = 0,
         low_noise: Model | None = None,
         text_precision: str = AUTO,
+        limits: MemoryLimits | None = None,
     ):
         self.models = {model.recipe.kind: model for model in models}
         if low_noise is not None:
@@ -235,34 +276,65 @@ class ComfyNetworks:
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
         planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
         self.loading = replace(planned, device=self.device)
-        self.limits = self.models[DIT].limits if DIT in self.models else MemoryLimits()
-        self.offload = offload
+        if limits is None:
+            limits = self.models[DIT].limits if DIT in self.models else limits_in_prompt()
+        self.limits = started_limits(limits)
+        self.offload = ALWAYS if manager.vram_state in SMALL_STATES or manager.DISABLE_SMART_MEMORY else offload
 
     @contextlib.contextmanager
     def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
         patcher = self._patcher(name, planned.plan.locks and planned.plan.swaps)
+        placement = patcher.placement
         if planned.plan.swaps:
             patcher.detach()
-            manager.free_memory(planned.bytes, self.device)
+            self._make_room(planned.weight_bytes, planned.working_bytes)
             try:
-                with patcher.model.placement.on(self.device, planned.plan) as network:
+                with placement.on(self.device, planned.plan, check_interrupt) as network:
                     yield network
             finally:
                 manager.soft_empty_cache()
             return
-        manager.load_models_gpu([patcher], memory_required=planned.working_bytes, force_full_load=True)
+        self._bring(patcher, planned)
         try:
-            yield patcher.model.network
+            yield placement.network
         finally:
-            if self.offload and self.device.type != "cpu":
+            if self.offload != AUTO and placement.device_bytes:
                 patcher.detach()
                 manager.soft_empty_cache()
+
+    def _bring(self, patcher: NetworkPatcher, planned: Planned) -> None:
+        """All of a network comes to the device, listed there with ComfyUI, which may take it off later on.
+
+        `load_models_gpu` would also ask for pinned memory of the network's size, and take that from others.
+        """
+        if is_host(self.device):
+            return
+        entry = manager.LoadedModel(patcher)
+        missing = patcher.model_size() - patcher.loaded_size()
+        self._make_room(missing, planned.working_bytes, entry)
+        listed = manager.current_loaded_models
+        if entry in listed:
+            entry = listed.pop(listed.index(entry))
+        if missing:
+            entry.model_load()
+        listed.insert(0, entry)
+
+    def _make_room(self, weight_bytes: int, working_bytes: int, keep: manager.LoadedModel | None = None) -> None:
+        """Let ComfyUI take other networks off the device until so much is free, of what this run may use."""
+        if is_host(self.device):
+            return
+        free = room_on(self.device, self.limits, 0, reserved_bytes()).device_bytes
+        if free is None:  # a device whose memory ComfyUI alone can tell
+            working_bytes = max(working_bytes + reserved_bytes(), manager.minimum_inference_memory())
+        else:  # what ComfyUI counts as free, but is not for us
+            working_bytes += manager.get_free_memory(self.device) - free
+        manager.free_memory(weight_bytes + working_bytes, self.device, [keep] if keep else [])
 
     def room(self, name: str) -> Room:
         """What is free, and what ComfyUI can make free by taking other networks off the card."""
         loaded = [entry.model for entry in manager.current_loaded_models if entry.device == self.device]
         returnable = sum(patcher.loaded_size() for patcher in loaded if patcher is not None)
-        return room_on(self.device, self.limits, returnable)
+        return room_on(self.device, self.limits, returnable, reserved_bytes())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -287,24 +359,21 @@ class ComfyNetworks:
         """Where each network comes from."""
         return {name: Path(model.recipe.path) for name, model in self.models.items()}
 
-    def _patcher(self, name: str, packs: bool) -> WholePatcher:
+    def _patcher(self, name: str, packs: bool) -> NetworkPatcher:
         """The network under ComfyUI's management, loaded unless it is there as it is wanted. `packs`: see
         `load_placed`."""
-        recipe, place, cpu = self.models[name].recipe, self.models[name].place, torch.device("cpu")
+        recipe, place = self.models[name].recipe, self.models[name].place
         if place.made_from != self._made_from(recipe):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
-            placement = load_placed(recipe.path, recipe.kind, self.loading, packs)
-            place.patcher = WholePatcher(Placed(placement), self.device, cpu)
+            log.info("loading the %s of %s", PART_LABELS[recipe.kind], Path(recipe.path).name)
+            placement = load_placed(recipe.path, recipe.kind, self.loading, packs, check_interrupt)
+            place.patcher = NetworkPatcher(placement, self.device)
             place.made_from = self._made_from(recipe)  # loading may have written a file of split experts
         return place.patcher
 
     def _made_from(self, recipe: ModelRecipe) -> tuple:
         """Changes when a network has to be loaded again."""
         return stamp_of(recipe), self.loading.concerning(recipe.kind, recipe.path)
-
-
-check_interrupt = manager.throw_exception_if_processing_interrupted
-"""Raises ComfyUI's own exception when the user has pressed cancel."""
 
 
 def shown_in(node_id: str) -> str:

@@ -12,6 +12,7 @@ import folder_paths
 from aiohttp import web
 from server import PromptServer
 
+from ..wan_s2v_core.acceleration.trials import without_trials
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.config import (
     AUTO,
@@ -29,7 +30,7 @@ from ..wan_s2v_core.memory.budget import Sizes
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from . import bridge
 from .encode import CARD, EXACT, MEMORY, TEXT_DEVICES
-from .memory import DECIDED, limits_of
+from .limits import DECIDED, limits_of, of_other_stages
 from .timeline import OutsideError, asked_timeline, number
 
 ROUTE = "/wan_s2v/memory"
@@ -108,8 +109,11 @@ def asked_forecast(query: Mapping[str, str]) -> dict[str, Any]:
         (DIT, VAE): {"precision": query.get("precision", AUTO)},
     }
     stages: list[StageForecast] = []
-    for kinds, chosen in options.items():
-        stages += forecast(Networks(*(models[kind] for kind in kinds if kind in models), **chosen), job)
+    with without_trials():  # a prompt may be using the GPU
+        for kinds, chosen in options.items():
+            allowed = limits if DIT in kinds else of_other_stages(limits)
+            networks = Networks(*(models[kind] for kind in kinds if kind in models), **chosen, limits=allowed)
+            stages += forecast(networks, job)
     return {"device": device_facts(stages), "stages": [stage.to_dict() for stage in stages]}
 
 

@@ -2,25 +2,22 @@
 
 from comfy_api.latest import io
 
-from ..wan_s2v_core.config import AUTO, MEMORY_PROFILES, WEIGHT_PLACES, MemoryLimits, check_choice
+from ..wan_s2v_core.config import AUTO, WEIGHT_PLACES
 from . import bridge
+from .limits import DECIDED, MEMORY_NODE, PROFILES, limits_of
 from .sockets import S2VModel, check_link
 
 CATEGORY = "WanS2V/memory"
-CUSTOM = "custom"
-PROFILES = (AUTO, *MEMORY_PROFILES, CUSTOM)
-DECIDED = -1
-"""In widgets: decided by what is free."""
 
 
 class Memory(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="WanS2VMemory",
+            node_id=MEMORY_NODE,
             display_name="Wan S2V Memory",
             category=CATEGORY,
-            description="How sampling and the VAE fit into a card, between the loader and Wan S2V Sample. Without this "
+            description="How every stage of a run fits into a GPU, between the loader and Wan S2V Sample. Without this "
             "node, and as it comes, it is decided by what is free. Results are the same up to rounding, whatever is "
             "chosen here.",
             inputs=[
@@ -83,17 +80,3 @@ class Memory(io.ComfyNode):
         return io.NodeOutput(
             model.with_limits(limits_of(profile, vram_limit_gb, resident_blocks, slice_tokens, vae_tile, weights))
         )
-
-
-def limits_of(
-    profile: str, vram_limit_gb: float, resident_blocks: int, slice_tokens: int, vae_tile: int, weights: str
-) -> MemoryLimits:
-    """What the widgets say.
-
-    Raises:
-        ConfigError: if one says what cannot be.
-    """
-    check_choice("profile", profile, PROFILES)
-    limit = vram_limit_gb if profile == CUSTOM else MEMORY_PROFILES.get(profile)
-    by_hand = (None if value == DECIDED else value for value in (resident_blocks, slice_tokens, vae_tile))
-    return MemoryLimits(limit, *by_hand, weights)

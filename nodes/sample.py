@@ -8,6 +8,7 @@ from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
     NOISE_BOUNDARY,
     NOISES,
+    OFFLOADS,
     OVERFLOWS,
     PRESETS,
     REFERENCE_PRESET,
@@ -15,6 +16,7 @@ from ..wan_s2v_core.config import (
     SOLVERS,
     ExpertRouting,
     SamplingConfig,
+    check_choice,
     preset_lines,
     sampling_preset,
 )
@@ -110,10 +112,12 @@ class Sample(io.ComfyNode):
                     "products still in bfloat16. float8 (RTX 40, H100 and later) and int8 (RTX 30, A100 and later): "
                     "products in 8 bits too, faster and less exact.",
                 ),
-                io.Boolean.Input(
+                io.Combo.Input(
                     "offload",
-                    default=True,
-                    tooltip="Each network leaves the card after its stage. Off: it stays until ComfyUI needs room.",
+                    options=list(OFFLOADS),
+                    default=AUTO,
+                    tooltip="auto: networks stay on the GPU until another one, or ComfyUI, needs their room, so the "
+                    "next run starts at once. always: each leaves the GPU after its stage.",
                 ),
                 io.Float.Input(
                     "audio_guidance_scale",
@@ -225,6 +229,7 @@ class Sample(io.ComfyNode):
         if low_noise_model is not None:
             check_link("low_noise_model", low_noise_model, bridge.Model)
         check_link("conditioning", conditioning, S2VConditioning)
+        check_choice("offload", offload, OFFLOADS)
         sampling = SamplingConfig(
             steps=steps,
             shift=shift,

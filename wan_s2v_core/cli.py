@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import REFERENCE_PRESET, preset_lines
+from .config import ALWAYS, AUTO, REFERENCE_PRESET, preset_lines
 from .errors import ConfigError, WanS2VError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run_generate(options: argparse.Namespace) -> int:
         audio_seconds=options.audio_seconds,
         device=options.device or best_device(),
         precision=options.precision or ("bfloat16" if options.convert_model_dtype else "auto"),
-        offload=options.offload_model,
+        offload=ALWAYS if options.offload_model else AUTO,
         text_on_cpu=options.t5_cpu,
         text_precision=options.t5_precision,
         keep_clips=options.keep_clips,
@@ -349,9 +349,9 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add(
         "--offload_model",
         type=yes_or_no,
-        default=True,
+        default=False,
         metavar="BOOL",
-        help="networks leave the card after their stage",
+        help="True: each network leaves the GPU after its stage. Otherwise it stays until another needs its room",
     )
     add("--convert_model_dtype", action="store_true", help="bfloat16 also on a CPU")
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")

@@ -148,7 +148,9 @@ class ExpertRouting(JsonConfig):
             raise ConfigError(f"gate_dropout={self.gate_dropout} is outside 0 to 1. Use such as 0.1, or 0 for none.")
 
 
-AUTO = "auto"
+AUTO, ALWAYS = "auto", "always"
+OFFLOADS = (AUTO, ALWAYS)
+"""When networks leave the GPU: when another one, or ComfyUI, needs their room; or behind each stage."""
 SPARSE_BY_SCORES, SPARSE_BY_DISTANCE = "scores", "distance"
 SPARSE_CHOICES = (SPARSE_BY_SCORES, SPARSE_BY_DISTANCE)
 VAE_WAYS = (AUTO, "bfloat16", "float32")

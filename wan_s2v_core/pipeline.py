@@ -17,7 +17,7 @@ from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.hearing import hear
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
-from .config import ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
+from .config import AUTO, ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
 from .errors import BackendUnavailable, CheckpointError, ConfigError
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of, motion_tokens
 from .io.audio import Recording, check_recording
@@ -158,7 +158,7 @@ def check_parts(paths: Mapping[str, Path]) -> None:
 def open_checkpoint(
     checkpoint: str,
     loading: LoadPlan,
-    offload: bool = True,
+    offload: str = AUTO,
     text_device: str | None = None,
     noise_expert: str | None = None,
     limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)

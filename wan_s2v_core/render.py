@@ -63,7 +63,7 @@ class RenderRequest(JsonConfig):
     audio_seconds: float | None = None
     device: str = "cpu"
     precision: str = AUTO
-    offload: bool = True
+    offload: str = AUTO
     text_on_cpu: bool = False
     text_precision: str = AUTO
     keep_clips: bool = False

@@ -25,6 +25,7 @@ manager.get_torch_device_name = lambda device: NAME if device == CARD else plain
 manager.get_total_memory, manager.get_free_memory = total_memory, free_memory
 torch.cuda.mem_get_info = lambda device=None: (FREE_BYTES, TOTAL_BYTES)
 torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device=None: 0
+torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0
 torch.cuda.get_device_capability = lambda device=None: AMPERE
 
 NODE_CLASS_MAPPINGS = {}

@@ -23,7 +23,7 @@ SIZE = manager.minimum_inference_memory() + ROOM_MB * MB
 EVENTS = Path(folder_paths.get_output_directory()) / "small_card.jsonl"
 
 plain_free, plain_total = manager.get_free_memory, manager.get_total_memory
-plain_load = ModelPatcher.load
+plain_load = manager.LoadedModel.model_load
 
 
 def placed_bytes(*more: ModelPatcher) -> float:
@@ -46,18 +46,19 @@ def total_memory(device=None, torch_total_too=False):
 
 
 def watched(method):
-    """Write down when a method of a network's patcher changes how much of it is on the card."""
+    """Write down when ComfyUI changes how much of a network is on the card."""
 
     def watch(self, *args, **options):
-        before = self.loaded_size()
+        patcher = self.model
+        before = patcher.loaded_size()
         result = method(self, *args, **options)
-        if self.loaded_size() != before:
-            network = getattr(self.model, "network", self.model)
+        if patcher.loaded_size() != before:
+            network = getattr(patcher.model, "network", patcher.model)
             sizes = {
-                "size": self.model_size(),
+                "size": patcher.model_size(),
                 "before": before,
-                "after": self.loaded_size(),
-                "placed": placed_bytes(self),
+                "after": patcher.loaded_size(),
+                "placed": placed_bytes(patcher),
             }
             with EVENTS.open("a") as file:
                 file.write(json.dumps({"network": type(network).__name__, **sizes}) + "\n")
@@ -67,7 +68,8 @@ def watched(method):
 
 
 def load(self, *args, **options):
-    needed = placed_bytes(self) - self.loaded_size() + self.model_size()
+    patcher = self.model
+    needed = placed_bytes(patcher) - patcher.loaded_size() + patcher.model_size()
     if needed > ROOM_MB * MB:
         raise torch.OutOfMemoryError(f"{needed / MB:.0f} MB of weights on a card with room for {ROOM_MB} MB")
     return plain_load(self, *args, **options)
@@ -75,9 +77,8 @@ def load(self, *args, **options):
 
 manager.get_torch_device = lambda: CARD
 manager.get_free_memory, manager.get_total_memory = free_memory, total_memory
-ModelPatcher.load = watched(load)
-ModelPatcher.unpatch_model = watched(ModelPatcher.unpatch_model)
-ModelPatcher.partially_unload = watched(ModelPatcher.partially_unload)
+manager.LoadedModel.model_load = watched(load)
+manager.LoadedModel.model_unload = watched(manager.LoadedModel.model_unload)
 
 
 class OtherNetwork(torch.nn.Sequential):

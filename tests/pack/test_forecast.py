@@ -23,6 +23,10 @@ def asking(server):
     return ask
 
 
+RESERVED = 400 * 2**20
+"""What ComfyUI leaves to other programs on Linux."""
+
+
 @pytest.fixture(scope="module")
 def card(start_with_card):
     """A server that believes in a card of 24 GB, of which 22 are free."""
@@ -53,7 +57,7 @@ def test_defaults_are_those_of_the_nodes(plan, card):
     assert answer["device"]["name"] == "Pretended card" and answer["device"]["total_bytes"] == 24e9
     assert [stage["stage"] for stage in answer["stages"]] == STAGES
     for stage in answer["stages"]:
-        assert stage["error"] is None and 0 < stage["peak_bytes"] < stage["room_bytes"] == 22e9
+        assert stage["error"] is None and 0 < stage["peak_bytes"] < stage["room_bytes"] == 22e9 - RESERVED
         assert stage["line"].startswith(f"{stage['peak_bytes'] / 1e9:.1f} GB")
     schemas = card.client.object_info()
     inputs = {
@@ -98,7 +102,8 @@ def test_less_room_makes_tighter_plans(plan):
         assert tight[name]["peak_bytes"] < whole[name]["peak_bytes"] and "tiles of" in tight[name]["line"]
     for name in ("VAE encode", "sampling", "VAE decode"):
         assert tight[name]["peak_bytes"] < tight[name]["room_bytes"] < 3e9
-    assert tight["voice"] == whole["voice"], "the node limits sampling and the VAE alone"
+    for name in ("voice", "text"):
+        assert tight[name]["room_bytes"] < 3e9 < whole[name]["room_bytes"], "the limit is for every stage"
     profile = by_stage(plan(**HD, profile="8 GB"))
     assert profile == by_stage(plan(**HD, profile="custom", vram_limit_gb=8))
     by_hand = by_stage(plan(**HD, vae_tile=256))
@@ -109,9 +114,8 @@ def test_less_room_makes_tighter_plans(plan):
 
 def test_no_room_is_told_of_the_stage(plan):
     found = by_stage(plan(**HD, profile="custom", vram_limit_gb=1))
-    for name in ("VAE encode", "sampling", "VAE decode"):
+    for name in STAGES:
         assert "tightest form" in found[name]["error"] and found[name]["peak_bytes"] > 0
-    assert found["voice"]["error"] is found["text"]["error"] is None
 
 
 def test_text_in_main_memory(plan):

@@ -54,7 +54,7 @@ def joined(prompts: list[dict]) -> dict:
 
 
 def test_models_make_room_for_each_other(graph, film, new_seed, small_card, watch):
-    common = {"offload": False, "format": "lossless-mkv"}
+    common = {"offload": "auto", "format": "lossless-mkv"}
     prompts = [graph(checkpoint=checkpoint, seed=new_seed(), **common) for checkpoint in (EMBEDDED, DENSE, EMBEDDED)]
     expected = [film(prompt).pictures for prompt in prompts]
     ended = small_card.client.run(joined(prompts))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning.bundle import S2VConditioning, make_conditioning
-from ..config import DEFAULT_NEGATIVE_PROMPT, S2VModelConfig, SamplingConfig, VideoConfig
+from ..config import ALWAYS, AUTO, DEFAULT_NEGATIVE_PROMPT, S2VModelConfig, SamplingConfig, VideoConfig
 from ..errors import ConfigError
 from ..io.audio import SPEECH_HZ, Recording
 from ..memory.networks import CheckpointNetworks
@@ -110,7 +110,7 @@ def resident_networks(session: Session, case: Case) -> Iterator[CheckpointNetwor
     """All four, resting on the device or, with offload, in main memory."""
     loading = loading_of(case.precision, session.device, case.plan)
     offload = session.request.offload
-    networks = CheckpointNetworks({}, loading, offload)
+    networks = CheckpointNetworks({}, loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else session.device
     networks.put(DIT, session.dit(case).to(home))
     try:

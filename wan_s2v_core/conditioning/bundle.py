@@ -10,6 +10,7 @@ from ..config import VideoConfig
 from ..errors import ConfigError
 from ..geometry import FIRST_CLIP_SKIP, ClipGeometry, ClipPlan, output_size, plan_clips
 from ..io.audio import Recording
+from ..io.maps import is_mapped
 from .audio import clip_count, voice_per_frame
 from .image import check_sides, fit_picture
 
@@ -30,8 +31,22 @@ def hold_last(pose: PoseFrames) -> PoseFrames:
     return read
 
 
+class Weighed:
+    """A value that tells what host memory its tensors take, by the names under which ComfyUI's caches ask for it."""
+
+    def _comfy_cache_tensors(self) -> list[Tensor]:
+        """Asked for by ComfyUI 0.38 and later."""
+        held = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        held += [value.samples for value in vars(self).values() if isinstance(value, Recording)]
+        return [tensor for tensor in held if tensor.device.type == "cpu" and not is_mapped(tensor)]
+
+    def get_ram_usage(self) -> int:
+        """Bytes; asked for by ComfyUI 0.3.75."""
+        return sum(tensor.nbytes for tensor in self._comfy_cache_tensors())
+
+
 @dataclass(frozen=True)
-class Voice:
+class Voice(Weighed):
     """A recording and what the audio encoder heard in it."""
 
     recording: Recording
@@ -40,7 +55,7 @@ class Voice:
 
 
 @dataclass(frozen=True)
-class S2VConditioning:
+class S2VConditioning(Weighed):
     """Everything that a video is made from, encoded but for the VAE's part. Tensors lie in main memory."""
 
     plan: ClipPlan

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .maps import note_map
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def scratch(shape: tuple[int, ...], folder: Path | None = None, most_in_memory: 
             "recording lies there during a run: free some space, let the system's folder for temporary files (TMPDIR, "
             "or TEMP on Windows) be on a larger disk, or use a shorter part of the recording."
         ) from error
+    note_map(mapped)
     log.info("%.1f GB of scratch space lie in %s during the run", size / 1e9, folder)
     return torch.from_numpy(mapped)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .maps import note_map
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -146,6 +147,7 @@ class MappedFile:
             size = piece.stop - piece.start
             try:
                 self._maps[piece] = np.memmap(self.path, np.uint8, "c", offset=piece.start, shape=(size,))
+                note_map(self._maps[piece])
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{size / 1e9:.1f} GB of {self.path} cannot be mapped into memory: {error}. Close other programs, "

@@ -3,15 +3,19 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .upload import Upload
+
 log = logging.getLogger(__name__)
 
+Copy = Callable[[Tensor, Tensor], Any]
+"""Source, target."""
 ALIGNMENT = 256
 """Bytes by which tensors are aligned in a layer's memory: what the kernels that read them ask for at most."""
 
@@ -58,12 +62,18 @@ class Home:
         others = {id(place.tensor) for module in apart for place in places_in(module)}
         self.places = [place for place in places_in(network) if id(place.tensor) not in others]
 
-    def send(self, device: torch.device) -> None:
+    @property
+    def bytes(self) -> int:
+        return sum({id(place.tensor): place.data.nbytes for place in self.places}.values())
+
+    @torch.inference_mode(False)  # weights must serve outside of it as well
+    def send(self, upload: Upload) -> None:
         """Copy them to a device, where the network then uses them."""
         copies: dict[int, Tensor] = {}
         for place in self.places:
             if id(place.tensor) not in copies:
-                copies[id(place.tensor)] = place.data.to(device)
+                copies[id(place.tensor)] = target = torch.empty_like(place.data, device=upload.device)
+                upload.copy(place.data, target)
             place.put(copies[id(place.tensor)])
 
     def take_back(self) -> None:
@@ -140,13 +150,18 @@ class PackedLayer:
         for place, view in zip(self.places, self.views(memory), strict=True):
             place.put(view)
 
-    def gather(self, memory: Tensor) -> None:
-        """Copy all tensors into a piece of memory, on any device."""
+    def gather(self, memory: Tensor, copy: Copy | None = None) -> None:
+        """Copy all tensors into a piece of memory, on any device.
+
+        Args:
+            copy: copies a tensor from here to there.
+        """
+        copy = copy or (lambda source, target: target.copy_(source))
         if self.memory is not None:
-            memory[: self.bytes].copy_(self.memory)
+            copy(self.memory, memory[: self.bytes])
             return
         for view, place in zip(self.views(memory), self.places, strict=True):
-            view.copy_(place.data)
+            copy(place.data, view)
 
     def lock(self) -> bool:
         """Keep the packed memory where it is, so that a card copies from it by itself; whether that could be done.

@@ -9,14 +9,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..config import AccelerationPlan, MemoryLimits, S2VModelConfig
+from ..config import AUTO, AccelerationPlan, MemoryLimits, S2VModelConfig
 from ..io.weights import Weights
 from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
 from ..model.loading import OnTensor, find_part, load, set_types
 from .activations import ForwardWay
 from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes, free_ram_bytes
-from .placement import Placement
+from .placement import Check, Placement
 from .vae_room import VaeWay
+
+NO_LIMITS = MemoryLimits()
 
 
 class Loading(Protocol):
@@ -72,22 +74,30 @@ def sizes_of(path: str | Path, kind: str, loading: Loading) -> Sizes:
     return Sizes.of(Placement(set_types(network, loading.dtype(kind))))
 
 
-def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool) -> Placement:
-    """A network in main memory, ready to be placed.
+def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, check: Check | None = None) -> Placement:
+    """A network in host memory, ready to be placed.
 
     Args:
         packs: put each layer into a piece of memory of its own as soon as it is read, so that a mapped file and these
             pieces are never in memory together.
+        check: called before each tensor; may raise to stop.
     """
     placements: list[Placement] = []
 
     def watch(network: nn.Module, weights: Weights) -> OnTensor:
         placements.append(Placement(network))
-        return placements[0].packer(weights.let_go)
+        pack = placements[0].packer(weights.let_go) if packs else lambda name: None
 
-    network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch if packs else None)
+        def arrived(name: str) -> None:
+            pack(name)
+            if check:
+                check()
+
+        return arrived
+
+    network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch)
     loading.finish(kind, network, path)
-    placement = placements[0] if packs else Placement(network)
+    placement = placements[0] if packs else Placement(network)  # finishing may have changed its layers
     placement.settle()
     return placement
 
@@ -98,123 +108,138 @@ class CheckpointNetworks:
     Args:
         paths: kind, or LOW_NOISE_DIT -> file or folder.
         loading: types, device and preparation.
-        offload: bring each network to the device for its stage only; it waits in main memory otherwise.
+        offload: when networks leave the device, one of `config.OFFLOADS`.
         text_device: elsewhere for the text encoder, such as "cpu".
         limits: of memory.
+        check: called while networks are loaded; may raise to stop.
     """
 
     def __init__(
         self,
         paths: Mapping[str, Path],
         loading: Loading,
-        offload: bool = True,
+        offload: str = AUTO,
         text_device: str | None = None,
-        limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
+        limits: MemoryLimits = NO_LIMITS,
+        check: Check | None = None,
     ):
-        self.paths, self.loading, self.offload, self.limits = paths, loading, offload, limits
+        self.paths, self.loading, self.offload, self.limits, self.check = paths, loading, offload, limits, check
         self.device, self.acceleration = loading.device, loading.acceleration
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.placements: dict[str, Placement] = {}
-        self.staying: dict[str, nn.Module] = {}
-        """Networks that do not leave the device behind their stage."""
+        """Those that are in memory; the one that was used last comes last."""
         self._sizes: dict[str, Sizes] = {}
         self._dit_config: S2VModelConfig | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple({**self.paths, **self.loaded})
+        return tuple({**self.paths, **self.placements})
 
     def dit_config(self) -> S2VModelConfig:
         if self._dit_config is None:
-            dit = self.loaded.get(DIT)
-            self._dit_config = find_part(self.paths[DIT], DIT).config if dit is None else dit.config
+            dit = self.placements.get(DIT)
+            self._dit_config = find_part(self.paths[DIT], DIT).config if dit is None else dit.network.config
         return self._dit_config
 
     def put(self, name: str, network: nn.Module) -> None:
         """Use this network instead of the one in the file. It lies where it is to be between stages."""
-        if self.offload:
-            self.placements[name] = Placement(network)
-        else:
-            self.staying[name] = network
+        self.placements[name] = Placement(network)
 
     def forget(self) -> None:
         """Let all networks go; those that are needed again are loaded again."""
         self.placements.clear()
-        self.staying.clear()
 
     @property
     def loaded(self) -> dict[str, nn.Module]:
         """Those that are in memory."""
-        return self.staying | {name: placement.network for name, placement in self.placements.items()}
+        return {name: placement.network for name, placement in self.placements.items()}
 
     def device_of(self, name: str) -> torch.device:
         return self.devices.get(name, self.device)
 
     def sizes(self, name: str) -> Sizes:
         if name not in self._sizes:
-            network = self.loaded.get(name)
-            known = sizes_of(self.paths[name], kind_of(name), self.loading) if network is None else None
-            self._sizes[name] = known or Sizes.of(Placement(network))
+            placement = self.placements.get(name)
+            known = sizes_of(self.paths[name], kind_of(name), self.loading) if placement is None else None
+            self._sizes[name] = known or Sizes.of(placement)
         return self._sizes[name]
 
     def room(self, name: str) -> Room:
-        staying = sum(self.sizes(other).whole for other in self.staying)
-        return room_on(self.device_of(name), self.limits, staying)
+        device, own = self.device_of(name), self.placements.get(name)
+        others = sum(other.device_bytes for other in self.placements.values() if other is not own)
+        return room_on(device, self.limits, others + (own.bytes_on(device) if own else 0))
 
     @contextmanager
     def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
         device, plan = self.device_of(name), planned.plan
-        free = room_on(device, self.limits).device_bytes
-        if plan.swaps or (free is not None and planned.bytes > free):
-            self._send_others_away(name)
-        if not self.offload and not plan.swaps:
-            yield self._on_device(name, device)
+        self.placements[name] = placement = self._placement(name, plan.locks and plan.swaps)
+        if plan.swaps:
+            placement.take_back()
+            self._make_room(planned.bytes, device, placement)
+            try:
+                with placement.on(device, plan, self.check) as network:
+                    yield network
+            finally:
+                free_unused(device)
             return
+        self._make_room(planned.bytes - placement.bytes_on(device), device, placement)
+        self._send(placement, device)
         try:
-            with self._placement(name, plan.locks and plan.swaps).on(device, plan) as network:
-                yield network
+            yield placement.network
         finally:
-            free_unused(device)
+            if self.offload != AUTO:
+                placement.take_back()
+                free_unused(device)
 
     def recover(self) -> None:
-        self.staying.clear()
+        for placement in self.placements.values():
+            placement.take_back()
         free_unused(self.device)
 
-    def _send_others_away(self, name: str) -> None:
-        """They were to stay, but their room is needed."""
-        for other in [other for other in self.staying if other != name]:
-            del self.staying[other]
-        free_unused(self.device)
+    def _send(self, placement: Placement, device: torch.device) -> None:
+        try:
+            placement.send(device, check=self.check)
+        except BaseException:
+            placement.take_back()
+            raise
 
-    def _on_device(self, name: str, device: torch.device) -> nn.Module:
-        """A network that stays there."""
-        if name not in self.staying:
-            self.placements.pop(name, None)
-            kind, loading = kind_of(name), self.loading
-            network = load(self.paths[name], kind, loading.dtype(kind), device, loading.prepare(kind))
-            loading.finish(kind, network, self.paths[name])
-            self.staying[name] = network
-        return self.staying[name]
+    def _make_room(self, needed_bytes: int, device: torch.device, keep: Placement) -> None:
+        """Networks that stay leave for one that needs their room, the one that was used longest ago first."""
+        for other in list(self.placements.values()):
+            free = room_on(device, self.limits).device_bytes
+            if free is None or free >= needed_bytes:
+                return
+            if other is not keep and other.device_bytes:
+                other.take_back()
+                free_unused(device)
 
     def _placement(self, name: str, packs: bool) -> Placement:
-        if name not in self.placements:
-            self.placements[name] = load_placed(self.paths[name], kind_of(name), self.loading, packs)
-        return self.placements[name]
+        known = self.placements.pop(name, None)
+        return known or load_placed(self.paths[name], kind_of(name), self.loading, packs, self.check)
 
 
-def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0) -> Room:
+def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0, reserved_bytes: int = 0) -> Room:
     """What may be used of a device now.
 
     Args:
         returnable_bytes: what lies there and would leave for others.
+        reserved_bytes: what is to be left to other programs.
     """
     if device.type != "cuda":
         return Room(None, free_ram_bytes(), limits.weights)
     allocated = torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - allocated - reserved_bytes
+    free = min(free, round(process_share(device) * total) - allocated)
     if limits.vram_limit_gb is not None:
         free = min(free, round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES - allocated)
     return Room(free + returnable_bytes, free_ram_bytes(), limits.weights)
+
+
+def process_share(device: torch.device) -> float:
+    """The share of a GPU that torch may allocate in this process (`torch.cuda.set_per_process_memory_fraction`)."""
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # the oldest torch lacks it
+    return share(device) if share else 1.0
 
 
 def free_unused(device: torch.device) -> None:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import OffloadPlan
+from ..io.maps import is_mapped
 from ..model.dit import S2VTransformer
 from ..model.text_encoder import TextEncoder
 from .block_swap import BlockSwap, Lane, new_memory, spread
 from .home import Home, PackedLayer
+from .upload import Upload
+
+Check = Callable[[], None]
+EVERYTHING = OffloadPlan()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Placement:
     def __init__(self, network: nn.Module):
         self.network, self.lists = network, layer_lists(network)
         self.layers = {module: PackedLayer(module) for module in self.lists.all}
+        self.device_bytes = 0
+        """Of the weights that are on a device now, slots of those that come and go not counted."""
 
     @cached_property
     def home(self) -> Home:
@@ -96,25 +103,65 @@ class Placement:
         for layer in self.layers.values():
             layer.pack()
 
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return sum(layer.bytes for layer in self.layers.values()) + self.home.bytes + self.tables.bytes
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Of the weights that are on a device now."""
+        return self.bytes if same_device(device, self.home_device) else self.device_bytes
+
+    @property
+    def home_device(self) -> torch.device:
+        """Where the network was loaded to."""
+        places = [*self.home.places, *(place for layer in self.layers.values() for place in layer.places)]
+        return places[0].data.device if places else torch.device("cpu")
+
+    def host_tensors(self) -> list[Tensor]:
+        """Host memory that the weights take by themselves: what is mapped from a file takes none."""
+        packed = [layer.memory for layer in self.layers.values() if layer.memory is not None]
+        apart = [layer for layer in self.layers.values() if layer.memory is None]
+        places = [*self.home.places, *self.tables.places, *(place for layer in apart for place in layer.places)]
+        held = {id(place.tensor): place.data for place in places}
+        return packed + [data for data in held.values() if data.device.type == "cpu" and not is_mapped(data)]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.host_tensors())
+
     @contextmanager
-    def on(self, device: torch.device, plan: OffloadPlan) -> Iterator[nn.Module]:
-        """The network, computing on a device; at home again behind it."""
-        if device.type == "cpu" and not plan.swaps:
-            yield self.network
-            return
-        streamed, resident = self.lanes(plan)
-        if plan.locks:
-            self.pack()
+    def on(self, device: torch.device, plan: OffloadPlan, check: Check | None = None) -> Iterator[nn.Module]:
+        """The network, computing on a device; at home again behind it.
+
+        Args:
+            check: called while weights travel there; may raise to stop.
+        """
+        streamed, _ = self.lanes(plan)
         try:
-            self.home.send(device)
-            if not plan.swaps:
-                self.tables.send(device)
-            for layer in resident:
-                layer.bind(copied(layer, device))
+            self.send(device, plan, check)
             with BlockSwap(streamed, device):
                 yield self.network
         finally:
             self.take_back()
+
+    def send(self, device: torch.device, plan: OffloadPlan = EVERYTHING, check: Check | None = None) -> None:
+        """Bring what stays on a device under a plan there: all of it, or what does not come and go."""
+        if not plan.swaps and self.bytes_on(device):
+            return
+        _, resident = self.lanes(plan)
+        if plan.swaps and plan.locks:
+            self.pack()
+        with Upload(device, check) as upload:
+            self.home.send(upload)
+            if not plan.swaps:
+                self.tables.send(upload)
+            for layer in resident:
+                memory = new_memory(layer.bytes, device)
+                layer.gather(memory, upload.copy)
+                layer.bind(memory)
+        self.device_bytes = sum(layer.bytes for layer in resident) + self.home.bytes
+        self.device_bytes += 0 if plan.swaps else self.tables.bytes
 
     def take_back(self) -> None:
         """All of it is at home again; copies elsewhere are freed."""
@@ -122,6 +169,7 @@ class Placement:
             layer.bind(None)
         self.home.take_back()
         self.tables.take_back()
+        self.device_bytes = 0
 
     def lanes(self, plan: OffloadPlan) -> tuple[list[Lane], list[PackedLayer]]:
         """What moves while the network computes, and what stays on the device."""
@@ -148,8 +196,6 @@ def lanes_with(lanes: list[Lane]) -> list[Lane]:
     return [lane for lane in lanes if lane.layers]
 
 
-def copied(layer: PackedLayer, device: torch.device) -> torch.Tensor:
-    """The memory of a layer on a device."""
-    memory = new_memory(layer.bytes, device)
-    layer.gather(memory)
-    return memory
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two names mean one device. "cuda" is the only GPU that is used here; "cpu:0" is not "cpu" to ComfyUI."""
+    return one.type == other.type and (one.index == other.index or one.type != "cpu")

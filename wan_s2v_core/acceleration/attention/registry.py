@@ -18,6 +18,7 @@ from ...errors import BackendUnavailable
 from ...geometry import tiles_of
 from ...model.attention import scaled_dot_product, sdpa
 from ...seams import Attend, AttendQueries, BlockContext, KeysValues, PreparedAttend
+from ..trials import tried_once
 from .reference import prepare_listed
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ BACKENDS = {
 }
 """Fastest first, among the exact ones and among the others, see benchmarks/README.md. The exact Triton kernel is there
 for lists of tiles; SDPA is faster without."""
+TAKES_NO_LISTS = "it takes no lists of tiles, which sparse attention needs"
 OURS = (HOPPER, HOPPER_8, PORTABLE, PORTABLE_8)
 CHOICES = (AUTO, AUTO_8, *BACKENDS)
 
@@ -222,7 +224,17 @@ class Chosen:
     attend_listed: AttendListed | None
 
 
-@lru_cache(maxsize=64)
+def expected_backend(name: str, setting: Setting, takes_lists: bool = False) -> Chosen | str:
+    """A backend whose package is there and suits the device, untried; the reason if it cannot be used."""
+    try:
+        attend, listed = BACKENDS[name].load(setting)
+        need(bool(listed or not takes_lists), TAKES_NO_LISTS)
+    except BackendUnavailable as error:
+        return str(error)
+    return Chosen(name, BACKENDS[name].is_exact, attend, listed)
+
+
+@tried_once(expected_backend)
 def try_backend(name: str, setting: Setting, takes_lists: bool = False) -> Chosen | str:
     """A backend, loaded and tried, also on lists of tiles if it is to take them; the reason if it cannot be used."""
     backend, loaded = BACKENDS[name], False
@@ -236,7 +248,7 @@ def try_backend(name: str, setting: Setting, takes_lists: bool = False) -> Chose
     except Exception as error:  # a package of somebody else's: whatever it raises, it must not stop us
         if not isinstance(error, BackendUnavailable) or (loaded and str(error)):
             return f"{FAILS} with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return str(error) or "it takes no lists of tiles, which sparse attention needs"
+        return str(error) or TAKES_NO_LISTS
     bound = EXACT_ERROR if backend.is_exact else LOSSY_ERROR
     if not error <= bound:
         return f"{IS_OFF} by {error:.3f} on random values, where {bound} is allowed"
