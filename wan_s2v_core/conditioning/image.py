@@ -61,7 +61,7 @@ def fit_picture(picture: Tensor, height_px: int, width_px: int, fit: str = "crop
         ratios = (height_px / rows, width_px / columns)
         scale = max(ratios) if fit == "crop" else min(ratios)
         scaled = (round(rows * scale), round(columns * scale))
-    image = Image.fromarray(picture.numpy())
+    image = Image.fromarray(picture.cpu().numpy())
     filter_ = Image.Resampling.BILINEAR if fit == "reference" else Image.Resampling.LANCZOS
     resized = torch.from_numpy(np.array(image.resize((max(1, scaled[1]), max(1, scaled[0])), filter_)))
     return to_pixels(center_crop(resized, height_px, width_px))[None, :, None]
@@ -88,5 +88,5 @@ def to_pixels(picture: Tensor) -> Tensor:
 
 
 def to_frames(video: Tensor) -> Tensor:
-    """3 T H W in [-1, 1] -> T H W 3 uint8, rounded."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1)
+    """3 T H W in [-1, 1], on any device -> T H W 3 uint8, rounded, in host memory: they are to be written or shown."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu()

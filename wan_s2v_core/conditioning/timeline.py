@@ -73,7 +73,7 @@ def loudness(blocks: Iterable[tuple[np.ndarray, int]], most_seconds: float = mat
 
 def loudness_of(recording: Recording) -> Loudness:
     """The same of a recording at hand."""
-    return loudness([(recording.samples.detach().numpy(), recording.rate_hz)])
+    return loudness([(recording.samples.detach().cpu().numpy(), recording.rate_hz)])
 
 
 def feature_frames(recording: Recording) -> int:

@@ -19,7 +19,7 @@ def write_small_film(path: Path, frames: Tensor, fps: float, sound: Recording) -
         ConfigError: if the disk does not take it.
         BackendUnavailable: if PyAV or the encoder is missing.
     """
-    small = shrunk(frames)
+    small = shrunk(frames.cpu())  # GPUs cannot resize integers
     height, width = small.shape[1:3]
     with VideoWriter(path, width, height, fps, sound, DEFAULT_PRESET) as writer:
         writer.write(small)

@@ -191,7 +191,7 @@ class VideoWriter:
                 f"T x {' x '.join(map(str, wanted))} in torch.uint8 is expected: resize and convert them."
             )
         with self._named_errors():
-            for frame in frames:
+            for frame in frames.cpu():
                 self._encode_picture(frame)
             self._encode_sound(math.floor(self._samples_at(self.frames)))
 
@@ -217,7 +217,7 @@ class VideoWriter:
 
     def _encode_picture(self, picture: Tensor) -> None:  # picture: H W 3
         av = import_av()
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture.cpu().numpy()), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture.numpy()), format="rgb24")
         if _is_yuv(self.preset.pixel_format):
             frame = frame.reformat(
                 format=self.preset.pixel_format,
