@@ -38,6 +38,7 @@ from ..wan_s2v_core.model.loading import files_of, find_part
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
+from ..wan_s2v_core.warm_up import WarmUp, first_run_steps
 from .limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
 
 log = logging.getLogger(__name__)
@@ -182,6 +183,21 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_ram_usage(self) -> int:
         return self.placement.host_bytes
+
+
+WARMED: list[WarmUp] = []
+
+
+def warm_up() -> None:
+    """Begin to make ready what a first run needs; once in a process."""
+    if not WARMED:
+        WARMED.append(WarmUp(first_run_steps(manager.get_torch_device())))
+
+
+def wait_until_warm(kind: str) -> None:
+    """Until what a kind of network needs is ready, where that has begun."""
+    for warmed in WARMED:
+        warmed.wait(kind)
 
 
 class Place:
@@ -345,6 +361,7 @@ class ComfyNetworks:
 
     def sizes(self, name: str) -> Sizes:
         model = self.models[name]
+        wait_until_warm(model.recipe.kind)
         made_from = self._made_from(model.recipe)
         if model.place.sizes is None or model.place.sizes[0] != made_from:
             model.place.sizes = made_from, sizes_of(model.recipe.path, model.recipe.kind, self.loading)
@@ -363,6 +380,7 @@ class ComfyNetworks:
         """The network under ComfyUI's management, loaded unless it is there as it is wanted. `packs`: see
         `load_placed`."""
         recipe, place = self.models[name].recipe, self.models[name].place
+        wait_until_warm(recipe.kind)
         if place.made_from != self._made_from(recipe):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
             log.info("loading the %s of %s", PART_LABELS[recipe.kind], Path(recipe.path).name)

@@ -42,6 +42,7 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
+        bridge.warm_up()
         return io.NodeOutput(*(bridge.Model(bridge.find_model(kind, checkpoint)) for kind in bridge.MODEL_FOLDERS))
 
 
@@ -79,6 +80,7 @@ class LoadOne(io.ComfyNode):
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
+        bridge.warm_up()
         return io.NodeOutput(bridge.Model(bridge.find_model(cls.KIND, name)))
 
 

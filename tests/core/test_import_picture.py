@@ -18,7 +18,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["model"],
     ["conditioning"],
     ["sampling", "acceleration", "memory", "distributed"],
-    ["prepare"],
+    ["prepare", "warm_up"],
     ["pipeline"],
     ["forecast"],
     ["bench", "verify", "inspection", "render", "calibrate"],

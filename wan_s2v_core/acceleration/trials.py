@@ -2,6 +2,7 @@
 prompt is sampled, asks for what is known or expected instead."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import wraps
@@ -31,6 +32,7 @@ def tried_once(expected: Callable[..., T]) -> Callable[[Callable[..., T]], Calla
 
     def keeping(function: Callable[..., T]) -> Callable[..., T]:
         found: dict[tuple, T] = {}
+        lock = threading.RLock()
 
         @wraps(function)
         def answer(*arguments) -> T:
@@ -38,8 +40,10 @@ def tried_once(expected: Callable[..., T]) -> Callable[[Callable[..., T]], Calla
                 return found[arguments]
             if not ALLOWED.get():
                 return expected(*arguments)
-            found[arguments] = function(*arguments)
-            return found[arguments]
+            with lock:  # who comes while it is tried waits for the result
+                if arguments not in found:
+                    found[arguments] = function(*arguments)
+                return found[arguments]
 
         answer.cache_clear = found.clear
         return answer
