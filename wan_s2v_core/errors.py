@@ -1,8 +1,14 @@
 """The errors a user can cause. Each message has three parts: the value, the rule, the way out."""
 
+LONGEST_MESSAGE = 2000
+"""Characters of an error: what files are called and hold is shown shorter, this bounds what slips through."""
+
 
 class WanS2VError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return _cut(super().__str__(), LONGEST_MESSAGE)
 
 
 class ConfigError(WanS2VError, ValueError):
@@ -23,6 +29,15 @@ class OutOfMemory(WanS2VError, RuntimeError):
 
 def shown(value: object, longest: int = 100) -> str:
     """A value as messages show it: on one line, printable, and cut at `longest` characters."""
-    text = value if isinstance(value, str) else str(value)
-    cut = text if len(text) <= longest else text[:longest] + f"... ({len(text):,} characters)"
+    cut = _cut(value if isinstance(value, str) else str(value), longest)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)
+
+
+def shown_path(path: object, longest: int = 300) -> str:
+    """A file as messages show it: its end tells most, so a long one is cut at the start."""
+    text = str(path)
+    return shown(text if len(text) <= longest else f"...{text[-longest:]}", longest + 3)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + f"... ({len(text):,} characters)"

@@ -4,16 +4,23 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
-from .model.checkpoint import DIT, PART_LABELS
-from .model.loading import DIT_STEM, OFFICIAL_FILES, TOKENIZER_FOLDER, Part, find_part
+from .errors import shown
+from .model.checkpoint import DIT, PART_LABELS, TEXT_ENCODER, TOKENIZER_TENSOR
+from .model.loading import Part, find_part, find_tokenizer, there
+from .model.official import DIT_STEM, OFFICIAL_FILES, TOKENIZER_FOLDER
 
 OFFICIAL_FOLDER = "official folder"
 
 
 def describe_part(part: Part) -> dict[str, Any]:
-    """Format, part, sizes and how the tensors meet those of the network."""
+    """Format, part, sizes and how the tensors meet those of the network.
+
+    Raises:
+        CheckpointError: if they make none, or the tokenizer of a text encoder is damaged.
+    """
     report = part.compare(part.build())
+    if part.kind == TEXT_ENCODER and (TOKENIZER_TENSOR in part.found.entries or has_tokenizer(part)):
+        find_tokenizer(part)
     config = part.config.to_dict() if is_dataclass(part.config) else dict(part.config)
     keys = {"matched": report.matched, "missing": report.missing, "unexpected": report.unexpected}
     return {
@@ -26,6 +33,11 @@ def describe_part(part: Part) -> dict[str, Any]:
     }
 
 
+def has_tokenizer(part: Part) -> bool:
+    """Whether a folder with one lies beside a text encoder."""
+    return (part.weights.files[0].parent / TOKENIZER_FOLDER).exists()
+
+
 def inspect_path(path: Path) -> dict[str, Any]:
     """Describe a file, the folder of one network, or an official folder with all of them.
 
@@ -35,8 +47,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if nothing here can be read.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} is not there. Give a weights file or a checkpoint folder.")
+    path = there(path)
     companions = [kind for kind, names in OFFICIAL_FILES.items() if any((path / name).exists() for name in names)]
     if not path.is_dir() or not companions:
         return describe_part(find_part(path))
@@ -68,17 +79,17 @@ def render(report: dict[str, Any]) -> str:
     """The report as lines for people."""
     lines = []
     if (missing := report["keys"]["missing"]) and "parts" in report:
-        lines.append(f"missing in this folder: {', '.join(missing[:6])}")
+        lines.append(f"missing in this folder: {', '.join(map(shown, missing[:6]))}")
     for part in report.get("parts", [report]):
         keys = part["keys"]
         lines.append(f"{PART_LABELS[part['part']]}: {part['format']}, {part['bytes'] / 1e9:.2f} GB")
         lines.append("  types: " + ", ".join(f"{count} x {name}" for name, count in part["dtypes"].items()))
-        shown = {name: value for name, value in part["config"].items() if isinstance(value, (int, float, tuple))}
-        lines.append("  sizes: " + ", ".join(f"{name}={value}" for name, value in shown.items()))
+        sizes = {name: value for name, value in part["config"].items() if isinstance(value, (int, float, tuple))}
+        lines.append("  sizes: " + ", ".join(f"{name}={shown(value)}" for name, value in sizes.items()))
         lines.append(f"  tensors: {keys['matched']} matched")
         for what in ("missing", "unexpected", "wrong_shape"):
             if names := keys.get(what):
-                lines.append(f"  {what.replace('_', ' ')}: {len(names)}, such as {', '.join(names[:3])}")
+                lines.append(f"  {what.replace('_', ' ')}: {len(names)}, such as {', '.join(map(shown, names[:3]))}")
     return "\n".join(lines)
 
 

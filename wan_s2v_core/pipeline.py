@@ -41,6 +41,7 @@ from .model.dit import ClipCondition, ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
 from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
+from .model.official import check_official
 from .model.vae_parts import VaeParts
 from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
@@ -171,8 +172,7 @@ def open_checkpoint(
         CheckpointError, ConfigError: if a part is missing or does not fit the others.
     """
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder. Give the folder of Wan2.2-S2V-14B, or one in its layout.")
+    check_official(folder)
     paths = dict.fromkeys(PART_LABELS, folder)
     if noise_expert:
         paths[LOW_NOISE_DIT] = Path(noise_expert)

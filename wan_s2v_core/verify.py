@@ -17,7 +17,8 @@ from .conditioning.audio import audio_embeddings, frame_indices, resample_featur
 from .config import SamplingConfig
 from .errors import CheckpointError, ConfigError, WanS2VError
 from .geometry import ClipGeometry
-from .io.weights import Weights, open_weights, read_json
+from .io.outside import read_json
+from .io.weights import Weights, open_weights
 from .model.audio_encoder import normalize_waveform
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import describe, fill, find_part, load_audio_encoder, load_transformer, load_vae
@@ -352,7 +353,7 @@ def _in_model_folder(path: Path) -> bool:
 def _has_id(path: Path) -> bool:
     try:
         return "id" in read_json(path)
-    except CheckpointError:
+    except WanS2VError:
         return False
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, WanS2VError, shown
+from ..errors import ConfigError, WanS2VError, shown, shown_path
 
 LARGEST_JSON_BYTES = 64_000_000
 """umT5's tokenizer.json, the largest that is read, takes 17 MB."""
@@ -27,14 +27,15 @@ def file_size(path: str | Path, largest_bytes: int | None = None, error: type[Wa
     try:
         facts = Path(path).stat()
     except (OSError, ValueError) as problem:  # ValueError: a null character in the name
-        reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{shown(path)} cannot be opened: {reason}. Check the name and the folder.") from problem
+        reason = f"cannot be opened: {getattr(problem, 'strerror', None) or problem}"
+        reason = "is not there" if isinstance(problem, FileNotFoundError) else reason
+        raise error(f"{shown_path(path)} {reason}. Check the name and the folder.") from problem
     if not stat.S_ISREG(facts.st_mode):
         kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a pipe, socket or device"
-        raise error(f"{shown(path)} is {kind}, not a regular file. Choose a file.")
+        raise error(f"{shown_path(path)} is {kind}, not a regular file. Choose a file.")
     if largest_bytes is not None and facts.st_size > largest_bytes:
         raise error(
-            f"{shown(path)} has {facts.st_size:,} bytes; at most {largest_bytes:,} are read. Is it the right file?"
+            f"{shown_path(path)} has {facts.st_size:,} bytes; at most {largest_bytes:,} are read. Is it the right file?"
         )
     return facts.st_size
 
@@ -49,7 +50,7 @@ def read_bytes(path: str | Path, largest_bytes: int, error: type[WanS2VError] = 
     try:
         return Path(path).read_bytes()
     except OSError as problem:
-        raise error(f"{shown(path)} cannot be read: {problem.strerror}. Check its permissions.") from problem
+        raise error(f"{shown_path(path)} cannot be read: {problem.strerror}. Check its permissions.") from problem
 
 
 def read_json(
@@ -72,14 +73,16 @@ def parse_json(text: str | bytes, origin: str, error: type[WanS2VError] = Config
     try:
         content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except (ValueError, RecursionError) as problem:
-        raise error(f"{shown(origin)} cannot be read as JSON: {shown(problem)}. Replace the file.") from problem
+        raise error(f"{shown_path(origin)} cannot be read as JSON: {shown(problem)}. Replace the file.") from problem
     if not isinstance(content, dict):
-        raise error(f"{shown(origin)} holds a {type(content).__name__}, not a JSON object. Replace the file.")
+        raise error(f"{shown_path(origin)} holds a {type(content).__name__}, not a JSON object. Replace the file.")
     return content
 
 
 @contextlib.contextmanager
-def foreign_parser(origin: Any, cure: str, error: type[WanS2VError] = ConfigError) -> Iterator[None]:
+def foreign_parser(
+    origin: Any, cure: str, error: type[WanS2VError] = ConfigError, what: str = "cannot be read"
+) -> Iterator[None]:
     """Within, whatever a parser that is not ours raises becomes one line with the file and the reason.
 
     Only the call of the parser belongs inside: callbacks of ours, such as a cancel, must not.
@@ -89,11 +92,11 @@ def foreign_parser(origin: Any, cure: str, error: type[WanS2VError] = ConfigErro
     """
     try:
         yield
-    except WanS2VError:
+    except (WanS2VError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as problem:
+    except BaseException as problem:  # a panic of a library in Rust is no Exception
         reason = shown(str(problem).strip() or type(problem).__name__, 200)
-        raise error(f"{shown(origin)} cannot be read: {reason}. {cure}") from problem
+        raise error(f"{shown_path(origin)} {what}: {reason}. {cure}") from problem
 
 
 def check_text(name: str, text: Any, longest: int = LONGEST_TEXT) -> str:

@@ -1,14 +1,11 @@
 """Weights files opened without reading them: names, shapes and types at once, each tensor when it is asked for.
 
-What a file is, is told from its first bytes. safetensors are mapped into memory; `.pth` files are loaded with
-`weights_only=True` alone, so that they cannot run code.
+What a file is, is told from its first bytes. safetensors are mapped into memory; for `.pth` files see `pickles`.
 """
 
 import bisect
 import json
-import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown, shown_path
 from .maps import note_map
+from .outside import file_size, foreign_parser, read_json
+from .pickles import PICKLE_START, TORN, ZIP_START, read_pickle
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -37,6 +36,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 HEADER_LENGTH_BYTES = 8
+LARGEST_HEADER_BYTES = 32_000_000
+"""Of a safetensors file. A tensor takes about 120 bytes of it, the 14B model has 1,260 tensors."""
+LONGEST_FILE_NAME = 255
 PIECE_BYTES = 4_000_000_000
 """Of a file, mapped at once; more for a tensor that is larger."""
 FOREIGN_STARTS = (
@@ -44,6 +46,7 @@ FOREIGN_STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Run 'git lfs pull' or download the file."),
     (b"<", "a web page, not weights", "Download the file itself; the site may ask for a login or a licence first."),
 )
+"""Looked for in files that are not safetensors: those begin with a length, which may look like any of them."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,19 @@ class MappedFile:
         self._read_header()
 
     def _read_header(self) -> None:
-        """Raises SafetensorError or OSError unless the file is whole."""
-        with safe_open(self.path, framework="np") as handle:  # checks it; maps nothing that could be refused
-            self.metadata = handle.metadata() or {}
+        """Raises SafetensorError, OSError or ValueError unless the file is whole."""
         with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            length = header_length(file.read(HEADER_LENGTH_BYTES))
+            if length > LARGEST_HEADER_BYTES:
+                raise ValueError(f"a header of {length:,} bytes, at most {LARGEST_HEADER_BYTES:,} are read")
+            with safe_open(self.path, framework="np") as handle:  # checks it; maps nothing that could be refused
+                self.metadata = handle.metadata() or {}
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        first = HEADER_LENGTH_BYTES + length
+        first, size = HEADER_LENGTH_BYTES + length, file_size(self.path, error=CheckpointError)
         for name, facts in header.items():
+            if max(facts["shape"], default=0) > size:  # with another side of 0 it passes as a tensor without values
+                raise ValueError(f"{shown(name)} has a side of {max(facts['shape'])}")
             start, stop = facts["data_offsets"]
             self.dtypes[name], self.shapes[name] = facts["dtype"], tuple(facts["shape"])
             self.spans[name] = Span(first + start, first + stop)
@@ -150,8 +157,8 @@ class MappedFile:
                 note_map(self._maps[piece])
             except (OSError, ValueError) as error:
                 raise CheckpointError(
-                    f"{size / 1e9:.1f} GB of {self.path} cannot be mapped into memory: {error}. Close other programs, "
-                    "or give the system more swap space; if the file has changed, load it again."
+                    f"{size / 1e9:.1f} GB of {shown_path(self.path)} cannot be mapped into memory: {error}. Close "
+                    "other programs, or give the system more swap space; if the file has changed, load it again."
                 ) from error
         return self._maps[piece]
 
@@ -166,25 +173,25 @@ def open_weights(path: str | Path) -> Weights:
         CheckpointError: if it is missing, cut short, unsafe or of a kind that is not read here.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "no regular file" if path.exists() else "not there"
-        raise CheckpointError(f"{path} is {what}. A weights file was expected; check the name and the folder.")
+    size = file_size(path, error=CheckpointError)
     try:
         with path.open("rb") as file:
             start = file.read(32)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-    for magic, what, cure in FOREIGN_STARTS:
-        if start.startswith(magic):
-            raise CheckpointError(f"{path} is {what}. {cure}")
-    if start[8:9] == b"{":
+        raise CheckpointError(f"{shown_path(path)} cannot be read: {error.strerror}. Check its permissions.") from error
+    if start[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + 1] == b"{" and header_length(start) < size:
         return _open_safetensors(path)
-    if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+    for magic, what, cure in FOREIGN_STARTS:
+        if start.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(magic):
+            raise CheckpointError(f"{shown_path(path)} is {what}. {cure}")
+    if start.startswith((ZIP_START, PICKLE_START)):
         return _open_pickle(path)
-    raise CheckpointError(
-        f"{path} ({path.stat().st_size} bytes) is not a complete safetensors or PyTorch file. "
-        "The download may have been cut short: download it again."
-    )
+    raise CheckpointError(f"{shown_path(path)} ({size:,} bytes) is not a complete safetensors or PyTorch file. {TORN}")
+
+
+def header_length(start: bytes) -> int:
+    """What a safetensors file begins with."""
+    return int.from_bytes(start[:HEADER_LENGTH_BYTES], "little")
 
 
 def open_shards(folder: Path, stem: str) -> Weights:
@@ -194,29 +201,43 @@ def open_shards(folder: Path, stem: str) -> Weights:
         CheckpointError: if nothing is there, or shards are missing or do not hold what the index says.
     """
     index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         wanted = _read_index(index)
         names = sorted(set(wanted.values()))
     else:
         names, wanted = _shards_without_index(folder, stem), {}
     if not names:
-        raise CheckpointError(f"{folder} holds no {stem}*.safetensors. Point to the folder that holds the shards.")
+        raise CheckpointError(
+            f"{shown_path(folder)} holds no {stem}*.safetensors. Point to the folder that holds the shards."
+        )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing)}. Download them there."
+            f"{len(missing)} of {len(names)} shards are missing in {shown_path(folder)}: {some_of(missing)}. "
+            "Download them there."
         )
     parts = [open_weights(folder / name) for name in names]
     entries: dict[str, WeightEntry] = {}
     for part in parts:
+        if twice := part.entries.keys() & entries.keys():
+            raise CheckpointError(
+                f"{shown(min(twice))} is in {shown(part.path.name)} and in another shard. "
+                "The shards are of different downloads: fetch all of them again."
+            )
         entries.update(part.entries)
     if lost := sorted(set(wanted) - set(entries)):
         raise CheckpointError(
-            f"{index.name} promises {len(lost)} tensors that no shard holds, such as {lost[0]}. "
+            f"{index.name} promises {len(lost)} tensors that no shard holds, such as {shown(lost[0])}. "
             "Index and shards are of different downloads: fetch all of them again."
         )
     layout = "safetensors" if len(names) == 1 else f"safetensors in {len(names)} shards"
     mapped = tuple(file for part in parts for file in part.mapped)
     return Weights(folder, entries, parts[0].metadata, layout, tuple(folder / name for name in names), mapped)
+
+
+def some_of(names: list[str], most: int = 6) -> str:
+    """Names as messages show them: the first ones."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def _shards_without_index(folder: Path, stem: str) -> list[str]:
@@ -229,55 +250,25 @@ def _shards_without_index(folder: Path, stem: str) -> list[str]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    content = read_json(index).get("weight_map")
+    content = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{index} has no weight_map. Download the index file again.")
-    if outside := [name for name in content.values() if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}. Do not use this download.")
-    return content
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: if it is missing or not JSON.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, origin: str) -> dict:
-    """Parse a JSON object that came from `origin`.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
-    try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{origin} cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{origin} holds a {type(content).__name__}, not a JSON object. Download it again.")
+        raise CheckpointError(f"{shown_path(index)} has no weight_map. Download the index file again.")
+    for name in content.values():
+        if not isinstance(name, str) or Path(name).name != name or len(name) > LONGEST_FILE_NAME or "\0" in name:
+            raise CheckpointError(
+                f"{shown_path(index)} names a file outside its folder: {shown(name)}. Do not use this download."
+            )
     return content
 
 
 def _open_safetensors(path: Path) -> Weights:
-    try:
+    with foreign_parser(path, TORN, CheckpointError, "is not a complete safetensors file"):
         file = MappedFile(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}. "
-            "The download may have been cut short: download it again."
-        ) from error
     entries = {}
     for name, stored in file.dtypes.items():
         if (dtype := SAFETENSORS_DTYPES.get(stored)) is None:
             raise CheckpointError(
-                f"{path}: {name} is stored as {stored}, which is not read here. "
+                f"{shown_path(path)}: {shown(name)} is stored as {shown(stored)}, which is not read here. "
                 f"Use a file in one of: {', '.join(SAFETENSORS_DTYPES)}."
             )
         entries[name] = WeightEntry(file.shapes[name], dtype, lambda name=name: file.read(name))
@@ -285,31 +276,8 @@ def _open_safetensors(path: Path) -> Weights:
 
 
 def _open_pickle(path: Path) -> Weights:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):  # PyTorch's words for what it refuses to call
-            raise CheckpointError(
-                f"{path} holds more than tensors and wants to run code when it is loaded, which is never allowed here "
-                "(a file that was cut short can look the same). Use a safetensors file or the official .pth."
-            ) from error
-        raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        if "unable to mmap" in str(error):
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size / 1e9:.1f} GB) cannot be mapped into memory: {error}. Use a safetensors "
-                "file, which is mapped in pieces, or give the system more swap space."
-            ) from error
-        raise CheckpointError(f"{path} is not a complete PyTorch file. Download it again.") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise CheckpointError(
-            f"{path} is not a plain set of named tensors. Use the official file or a safetensors one."
-        )
     entries = {
-        name: WeightEntry(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in content.items()
+        name: WeightEntry(tuple(value.shape), value.dtype, lambda value=value: value)
+        for name, value in read_pickle(path).items()
     }
     return Weights(path, entries, {}, "pickle", (path,))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import UNUSED, S2VModelConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shown, shown_path
 from ..io.weights import WeightEntry, Weights
 
 Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
@@ -38,9 +38,29 @@ def has(shape: Shape, name: str) -> bool:
     return True
 
 
+MOST_LAYERS = 512
+"""Of any kind in any of the networks. The released ones have up to 40."""
+
+
 def count_layers(shape: Shape, pattern: str) -> int:
-    """How many of `pattern` with 0, 1, 2 ... there are."""
-    return next(index for index in count() if not has(shape, pattern.format(index)))
+    """How many of `pattern` with 0, 1, 2 ... there are.
+
+    Raises:
+        CheckpointError: if no network has so many.
+    """
+    layers = next(index for index in count() if not has(shape, pattern.format(index)))
+    if layers > MOST_LAYERS:
+        raise CheckpointError(f"it has {layers:,} layers {pattern}; at most {MOST_LAYERS} are read. Use another file.")
+    return layers
+
+
+def check_counts(counts: Mapping[str, int], most: int = MOST_LAYERS) -> None:
+    """Raises CheckpointError if a config.json asks for more of something than is built."""
+    for name, value in counts.items():
+        if value > most:
+            raise CheckpointError(
+                f"config.json sets {name}={shown(value)}; at most {most:,} are built. Use the released config.json."
+            )
 
 
 # --- the DiT -----------------------------------------------------------------------------------------------------
@@ -106,6 +126,8 @@ FIXED_SETTINGS = {  # what other values in an official config.json would change 
 }
 
 
+MOST_TEXT_TOKENS = 4096
+"""That a DiT may read of a prompt, each step anew; the released one reads 512."""
 ADD_TOP_K = "Add how many experts a token sees, as it was trained."
 
 
@@ -130,7 +152,9 @@ def check_kind(name: str, value: Any, kind: type) -> None:
     if not fits[kind]:
         wanted = {int: "a whole number", float: "a small number", bool: "true or false", str: "a word"}
         what = wanted.get(kind, "a list of whole numbers")
-        raise CheckpointError(f"config.json sets {name}={value!r}; {what} is expected. Use the released config.json.")
+        raise CheckpointError(
+            f"config.json sets {name}={shown(repr(value))}; {what} is expected. Use the released config.json."
+        )
 
 
 def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
@@ -142,14 +166,14 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
     kind = str(official.get("model_type", "s2v"))
     if kind != "s2v" or "S2V" not in str(official.get("_class_name", "S2V")):
         raise CheckpointError(
-            f"config.json describes model_type={kind!r} ({official.get('_class_name')}), not S2V. "
+            f"config.json describes model_type={shown(repr(kind))} ({shown(official.get('_class_name'))}), not S2V. "
             "Point to the folder of Wan2.2-S2V-14B."
         )
     for name, needed in FIXED_SETTINGS.items():
         value = official.get(name, needed)
         if (tuple(value) if isinstance(value, list) else value) != needed:
             raise CheckpointError(
-                f"config.json sets {name}={value}; only {needed} is supported. Use the released config.json."
+                f"config.json sets {name}={shown(value)}; only {needed} is supported. Use the released config.json."
             )
     settings = DIT_SETTINGS | EXPERT_SETTINGS
     values = {ours: official[theirs] for ours, theirs in settings.items() if theirs in official}
@@ -160,13 +184,18 @@ def dit_config(official: Mapping[str, Any]) -> S2VModelConfig:
     if values.get("num_experts") and "top_k" not in values:
         raise CheckpointError(f"config.json has num_experts={values['num_experts']} but no top_k. {ADD_TOP_K}")
     layers = values.get("injected_blocks", S2VModelConfig.injected_blocks)
+    check_counts(
+        {"num_layers": values.get("blocks", 0), "num_experts": values.get("num_experts", 0)}
+        | {"the length of audio_inject_layers": len(layers)}
+    )
+    check_counts({"text_len": values.get("text_tokens", 0)}, MOST_TEXT_TOKENS)
     values["injected_blocks"] = injector_places(layers, values.get("blocks", S2VModelConfig.blocks))
     if official.get("out_dim", values.get("latent_channels", 16)) != values.get("latent_channels", 16):
         raise CheckpointError("config.json has out_dim other than in_dim. Use the released config.json.")
     try:
         return S2VModelConfig(**values)
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"config.json cannot be used: {error}") from error
+        raise CheckpointError(f"config.json cannot be used: {shown(error, 400)}") from error
 
 
 def injector_places(layers: Iterable[int], blocks: int) -> tuple[int, ...]:
@@ -342,17 +371,33 @@ SPEECH_SETTINGS = {
     "num_conv_pos_embedding_groups": int,
 }
 """Entries of a wav2vec 2.0 config.json that describe the network, and their kinds."""
+SPEECH_STRIDE = 320
+"""Samples at 16 kHz for each of 50 features a second."""
 
 
 def speech_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a wav2vec 2.0 config.json that describes the network.
 
     Raises:
-        CheckpointError: if an entry is of another kind.
+        CheckpointError: if it describes another model, or an entry is of another kind or out of bounds.
     """
-    values = {name: settings[name] for name in SPEECH_SETTINGS if name in settings}
+    kind = settings.get("model_type", "wav2vec2")
+    if kind != "wav2vec2" or "hidden_size" not in settings:
+        raise CheckpointError(
+            f"config.json beside the audio encoder is of another model (model_type={shown(repr(kind))}), not of "
+            "wav2vec 2.0. Use the config.json that came with it."
+        )
+    values = {"num_hidden_layers": 12} | {name: settings[name] for name in SPEECH_SETTINGS if name in settings}
     for name, value in values.items():
         check_kind(name, value, SPEECH_SETTINGS[name])
+    lengths = {f"the length of {name}": len(value) for name, value in values.items() if isinstance(value, list)}
+    check_counts({"num_hidden_layers": values["num_hidden_layers"]} | lengths)
+    strides = values.get("conv_stride", [SPEECH_STRIDE])
+    if math.prod(strides) != SPEECH_STRIDE:
+        raise CheckpointError(
+            f"config.json sets conv_stride={shown(strides)}: a feature for each {shown(math.prod(strides))} samples; "
+            f"one for each {SPEECH_STRIDE} is needed. Use the released config.json."
+        )
     return values
 
 
@@ -502,8 +547,8 @@ def recognize(weights: Weights) -> Recognized:
         if name.endswith(".weight") and not entry.dtype.is_floating_point:
             stored = str(entry.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{weights.path} is a {PART_LABELS[found.part]} with {name} stored as {stored}, a packed format that "
-                "is not read here. Use the bf16, fp16, fp32 or fp8_scaled file."
+                f"{shown_path(weights.path)} is a {PART_LABELS[found.part]} with {shown(name)} stored as {stored}, a "
+                "packed format that is not read here. Use the bf16, fp16, fp32 or fp8_scaled file."
             )
         if entry.dtype in FLOAT8:
             check_scale(found.entries, name)
@@ -518,18 +563,18 @@ def check_scale(entries: Mapping[str, WeightEntry], name: str) -> None:
     """
     scale = find_scale(entries, name)
     if scale is None and "scaled_fp8" in entries and name.endswith(".weight"):
-        raise CheckpointError(f"{name} has no scale in a file that is marked as scaled. Download it again.")
-    if scale is not None and (count := math.prod(scale.shape)) not in (1, entries[name].shape[0]):
+        raise CheckpointError(f"{shown(name)} has no scale in a file that is marked as scaled. Download it again.")
+    if scale is not None and (count := math.prod(scale.shape)) not in (1, *entries[name].shape[:1]):
         raise CheckpointError(
-            f"{name} has {count} scales for {entries[name].shape[0]} rows. One scale, or one for each row, is read; "
-            "use another 8-bit file or the bf16 one."
+            f"{shown(name)} has {count} scales for {(*entries[name].shape, 1)[0]} rows. "
+            "One scale, or one for each row, is read; use another 8-bit file or the bf16 one."
         )
 
 
 def _recognize(weights: Weights) -> Recognized:
     entries = _strip_prefix(weights.entries)
     if any(LORA.search(name) for name in entries):
-        raise CheckpointError(f"{weights.path} is a LoRA, not a whole model. {_wanted()}")
+        raise CheckpointError(f"{shown_path(weights.path)} is a LoRA, not a whole model. {_wanted()}")
     if any(name.startswith("casual_audio_encoder.") for name in entries):
         return Recognized(DIT, "ComfyUI" if is_quantized(entries) else "official", entries, dit_name)
     if "token_embedding.weight" in entries and "blocks.0.pos_embedding.embedding.weight" in entries:
@@ -547,9 +592,9 @@ def _recognize(weights: Weights) -> Recognized:
         return Recognized(SPEECH_ENCODER, "transformers", kept, speech_naming(kept))
     for family, fits in OTHER_FAMILIES:
         if fits(entries):
-            raise CheckpointError(f"{weights.path} is {family}. {_wanted()}")
-    sample = ", ".join(list(entries)[:3]) or "none"
-    raise CheckpointError(f"{weights.path} is of an unknown model family (tensors: {sample}). {_wanted()}")
+            raise CheckpointError(f"{shown_path(weights.path)} is {family}. {_wanted()}")
+    sample = ", ".join(map(shown, list(entries)[:3])) or "none"
+    raise CheckpointError(f"{shown_path(weights.path)} is of an unknown model family (tensors: {sample}). {_wanted()}")
 
 
 def _wanted() -> str:
@@ -575,8 +620,16 @@ def compare_names(found: Recognized, wanted: Mapping[str, tuple[int, ...]]) -> N
     """Compare a file with the names and shapes of our network, reported under the file's names.
 
     Scales, tied copies and a tokenizer inside the file do not count.
+
+    Raises:
+        CheckpointError: if one of them is stored in whole numbers.
     """
     shapes = {found.naming(ours): shape for ours, shape in wanted.items() if ours not in TIED_TEXT_NAMES}
+    for name in shapes:
+        if name in found.entries and not (dtype := found.entries[name].dtype).is_floating_point:
+            raise CheckpointError(
+                f"{shown(name)} is stored as {dtype}, which is no type of weights. Use the bf16, fp16 or fp32 file."
+            )
     present = {n for n in found.entries if not is_scale(n) and n not in (TOKENIZER_TENSOR, *TIED_TEXT_NAMES)}
     both = present & set(shapes)
     wrong = sorted(name for name in both if found.entries[name].shape != shapes[name])

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..config import S2VModelConfig
-from ..errors import CheckpointError
-from ..io.weights import Weights, open_shards, open_weights, parse_json, read_json
+from ..errors import CheckpointError, shown, shown_path
+from ..io.outside import foreign_parser, parse_json, read_json
+from ..io.weights import Weights, open_shards, open_weights
 from .audio_encoder import SpeechEncoder
 from .checkpoint import (
     DIT,
@@ -25,6 +26,7 @@ from .checkpoint import (
     NameReport,
     Recognized,
     audio_layers,
+    check_counts,
     compare_names,
     dit_config,
     infer_dit_config,
@@ -37,6 +39,7 @@ from .checkpoint import (
     speech_config,
 )
 from .dit import S2VTransformer
+from .official import DIT_STEM, OFFICIAL_FILES, TOKENIZER_FOLDER
 from .text_encoder import TextEncoder, Tokenizer, tokenizer_from_folder, tokenizer_from_sentencepiece
 from .vae import VideoVAE
 
@@ -44,14 +47,6 @@ log = logging.getLogger(__name__)
 
 WRAPPED = "network."
 """Where our encoders and VAE keep the library's network."""
-DIT_STEM = "diffusion_pytorch_model"
-TOKENIZER_FOLDER = "google/umt5-xxl"
-OFFICIAL_FILES = {
-    VAE: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
-    TEXT_ENCODER: ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
-    SPEECH_ENCODER: ("wav2vec2-large-xlsr-53-english",),
-}
-"""Where an official folder keeps what is not the DiT."""
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
 """File names beside which transformers keeps a config.json."""
 
@@ -75,14 +70,9 @@ class Part:
         Raises:
             CheckpointError: if its sizes do not make a network.
         """
-        try:
+        cure = "Use the released file and its own config.json."
+        with foreign_parser(self.weights.path, cure, CheckpointError, f"has sizes of no {PART_LABELS[self.kind]}"):
             return self._build()
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{self.weights.path}: no {PART_LABELS[self.kind]} can be built from its sizes ({reason}). "
-                "Use the released file and its own config.json."
-            ) from error
 
     def _build(self) -> nn.Module:
         with torch.device("meta"):
@@ -106,17 +96,31 @@ def find_part(path: str | Path, wanted: str | None = None) -> Part:
     Raises:
         CheckpointError: if it is missing, damaged, or something else.
     """
-    path = Path(path).resolve()
-    if not path.exists():
-        raise CheckpointError(f"{path} is not there. Give a weights file or a checkpoint folder.")
+    path = there(path)
     if path.is_dir() and wanted in OFFICIAL_FILES:
         path = _companion(path, wanted)
     part = describe(_open_folder(path, wanted) if path.is_dir() else _open_file(path))
     if wanted and part.kind != wanted:
         raise CheckpointError(
-            f"{path} is a {PART_LABELS[part.kind]}, not a {PART_LABELS[wanted]}. Choose another file."
+            f"{shown_path(path)} is a {PART_LABELS[part.kind]}, not a {PART_LABELS[wanted]}. Choose another file."
         )
     return part
+
+
+def there(path: str | Path) -> Path:
+    """A path from the root, of something that is there.
+
+    Raises:
+        CheckpointError: if it is not, or is no name of a file.
+    """
+    try:
+        whole = Path(path).resolve()
+        if whole.exists():
+            return whole
+        reason = "is not there"
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
+        reason = f"cannot be opened ({shown(getattr(error, 'strerror', None) or error)})"
+    raise CheckpointError(f"{shown_path(path)} {reason}. Give a weights file or a checkpoint folder.")
 
 
 def files_of(path: str | Path, kind: str) -> list[Path]:
@@ -147,13 +151,13 @@ def describe(weights: Weights) -> Part:
         config = _dit_config(weights, found) if found.part == DIT else _encoder_config(weights, found)
     except KeyError as error:
         raise CheckpointError(
-            f"{weights.path} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
+            f"{shown_path(weights.path)} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
         ) from error
-    except (IndexError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown_path(weights.path)}: {error}") from error
+    except (IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{weights.path} looks like a {PART_LABELS[found.part]}, but its tensors have shapes of none. "
+            f"{shown_path(weights.path)} looks like a {PART_LABELS[found.part]}, but its tensors have shapes of none. "
             "Use another file."
         ) from error
     return Part(weights, found, config)
@@ -166,7 +170,7 @@ def _companion(folder: Path, wanted: str) -> Path:
         return found[0]
     if any(folder.glob(f"{DIT_STEM}*")):
         raise CheckpointError(
-            f"{folder} has the DiT but no {PART_LABELS[wanted]} ({' or '.join(names)}). "
+            f"{shown_path(folder)} has the DiT but no {PART_LABELS[wanted]} ({' or '.join(names)}). "
             "Download it there, or choose a file elsewhere."
         )
     return folder
@@ -180,12 +184,16 @@ def _open_folder(folder: Path, wanted: str | None) -> Weights:
     if (folder / "pytorch_model.bin").is_file():
         return open_weights(folder / "pytorch_model.bin")
     looked = ", ".join((*OFFICIAL_FILES.get(wanted, ()), f"{DIT_STEM}*.safetensors", "model.safetensors"))
-    raise CheckpointError(f"{folder} holds no weights. Looked for: {looked}. Point to the folder that has them.")
+    raise CheckpointError(
+        f"{shown_path(folder)} holds no weights. Looked for: {looked}. Point to the folder that has them."
+    )
 
 
 def _open_file(path: Path) -> Weights:
     if shard := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name):
-        raise CheckpointError(f"{path} is one of {int(shard[1])} shards. Point to its folder, which holds all of them.")
+        raise CheckpointError(
+            f"{shown_path(path)} is one of {int(shard[1])} shards. Point to its folder, which holds all of them."
+        )
     return open_weights(path)
 
 
@@ -193,15 +201,17 @@ def _dit_config(weights: Weights, found: Recognized) -> S2VModelConfig:
     """From the folder's config.json; for a file from its metadata, a JSON beside it, or its shapes."""
     folder = weights.files[0].parent
     if weights.path.is_dir() or weights.path.stem == DIT_STEM:
-        official = read_json(folder / "config.json")
+        official = read_json(folder / "config.json", CheckpointError)
     elif "config" in weights.metadata:
-        official = parse_json(weights.metadata["config"], f"the config in {weights.path}")
+        official = parse_json(weights.metadata["config"], f"the config in {weights.path}", CheckpointError)
     else:
         beside = weights.path.with_suffix(".json")
-        official = read_json(beside).get("config") if beside.is_file() else None
+        official = read_json(beside, CheckpointError).get("config") if beside.exists() else None
     if not isinstance(official, dict):
         return infer_dit_config(found.shape)
-    return replace(dit_config(official), audio_layers=audio_layers(found.shape))
+    config = dit_config(official)
+    check_counts({"num_layers x num_experts": config.blocks * max(1, config.num_experts)}, len(found.entries))
+    return replace(config, audio_layers=audio_layers(found.shape))
 
 
 def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
@@ -210,8 +220,8 @@ def _encoder_config(weights: Weights, found: Recognized) -> dict[str, Any]:
     if found.part == TEXT_ENCODER:
         return infer_text_sizes(found.shape)
     config_file = weights.files[0].parent / "config.json"
-    if weights.files[0].stem in TRANSFORMERS_STEMS and config_file.is_file():
-        return speech_config(read_json(config_file))
+    if weights.files[0].stem in TRANSFORMERS_STEMS and config_file.exists():
+        return speech_config(read_json(config_file, CheckpointError))
     return infer_speech_settings(found.shape)
 
 
@@ -236,12 +246,15 @@ def fill(
         what = "lacks" if report.missing else "has other shapes for"
         names = report.missing or report.wrong_shape
         raise CheckpointError(
-            f"{part.weights.path} {what} {len(names)} of {report.wanted} tensors, such as {names[0]}. "
+            f"{shown_path(part.weights.path)} {what} {len(names)} of {report.wanted} tensors, such as {names[0]}. "
             "The file is incomplete or its config is another model's: download both again."
         )
     if report.unexpected:
         log.warning(
-            "%s: %d tensors are not used, such as %s", part.weights.path, len(report.unexpected), report.unexpected[0]
+            "%s: %d tensors are not used, such as %s",
+            part.weights.path,
+            len(report.unexpected),
+            shown(report.unexpected[0]),
         )
     for name in list(network.state_dict()):
         if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
@@ -251,7 +264,7 @@ def fill(
             if not place_stored(network, name, part.found, theirs, device):
                 place(network, name, read_weight(part.found.entries, theirs).to(device), target)
         except CheckpointError as error:
-            raise CheckpointError(f"{part.weights.path}: {theirs}: {error}") from error
+            raise CheckpointError(f"{shown_path(part.weights.path)}: {theirs}: {error}") from error
         if on_tensor:
             on_tensor(name)
     network.requires_grad_(False).eval()
@@ -355,9 +368,14 @@ def load_text_encoder(path: str | Path, dtype=torch.bfloat16, device="cpu") -> T
 
 
 def find_tokenizer(part: Part) -> Tokenizer:
-    """The tokenizer inside a umT5 file, or beside it."""
+    """The tokenizer inside a umT5 file, or beside it.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or of another model.
+    """
     entries: Mapping = part.found.entries
+    rows = part.config["vocab_size"]
     if TOKENIZER_TENSOR in entries:
         model = entries[TOKENIZER_TENSOR].read().to(torch.uint8).numpy().tobytes()
-        return tokenizer_from_sentencepiece(model, str(part.weights.path))
-    return tokenizer_from_folder(part.weights.files[0].parent / TOKENIZER_FOLDER)
+        return tokenizer_from_sentencepiece(model, str(part.weights.path), rows)
+    return tokenizer_from_folder(part.weights.files[0].parent / TOKENIZER_FOLDER, rows)

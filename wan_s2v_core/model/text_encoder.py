@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown_path
+from ..io.outside import LARGEST_JSON_BYTES, foreign_parser, read_bytes
 
 END_OF_TEXT = 1
 Tokenizer = Callable[[str], list[int]]
 """Cleaned text -> token ids without padding, the end token included."""
+PROBE = "A person talks."
+AGAIN = "Download it again."
 
 
 def clean_prompt(text: str) -> str:
@@ -27,43 +30,71 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def tokenizer_from_folder(folder: Path) -> Tokenizer:
+def tokenizer_from_folder(folder: Path, rows: int | None = None) -> Tokenizer:
     """The official tokenizer folder (`google/umt5-xxl`).
 
+    Args:
+        rows: of the table that its tokens are looked up in, where that is known.
     Raises:
-        CheckpointError: if it is missing or incomplete.
+        CheckpointError: if it is missing, incomplete, or of another model.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+    pieces, fast = folder / "spiece.model", folder / "tokenizer.json"
+    if not (fast.exists() or pieces.exists()):
         raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json or spiece.model). "
+            f"{shown_path(folder)} holds no tokenizer (tokenizer.json or spiece.model). "
             "Copy the folder google/umt5-xxl of the official checkpoint next to the text encoder."
         )
-    if not (folder / "tokenizer.json").is_file():
-        return tokenizer_from_sentencepiece((folder / "spiece.model").read_bytes(), str(folder / "spiece.model"))
+    if not fast.exists():
+        return tokenizer_from_sentencepiece(read_bytes(pieces, LARGEST_JSON_BYTES, CheckpointError), str(pieces), rows)
     from tokenizers import Tokenizer as FastTokenizer
 
-    try:
-        fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises a bare Exception for any damage
-        raise CheckpointError(f"{folder / 'tokenizer.json'} is damaged: {error}. Download it again.") from error
-    fast.no_padding()
-    fast.no_truncation()
-    return lambda text: fast.encode(text).ids
+    content = read_bytes(fast, LARGEST_JSON_BYTES, CheckpointError)
+    with foreign_parser(fast, AGAIN, CheckpointError, "is damaged"):
+        tokenizer = FastTokenizer.from_buffer(content)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    return checked_tokenizer(lambda text: tokenizer.encode(text).ids, str(fast), size, rows)
 
 
-def tokenizer_from_sentencepiece(model: bytes, origin: str) -> Tokenizer:
-    """A sentencepiece model, as ComfyUI's umT5 files carry it in the tensor `spiece_model`.
+def tokenizer_from_sentencepiece(model: bytes, origin: str, rows: int | None = None) -> Tokenizer:
+    """A sentencepiece model, as ComfyUI's umT5 files carry it in the tensor `spiece_model`. `rows`: as above.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if it is damaged or of another model.
     """
     from sentencepiece import SentencePieceProcessor
 
-    try:
+    if not model:  # the library takes it for no model at all
+        raise CheckpointError(f"the tokenizer in {shown_path(origin)} is damaged: it is empty. {AGAIN}")
+    with foreign_parser(origin, AGAIN, CheckpointError, "is a damaged tokenizer"):
         pieces = SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise CheckpointError(f"the tokenizer in {origin} is damaged: {error}. Download the file again.") from error
-    return lambda text: [*pieces.encode(text), END_OF_TEXT]
+    return checked_tokenizer(lambda text: [*pieces.encode(text), END_OF_TEXT], origin, pieces.vocab_size(), rows)
+
+
+def checked_tokenizer(tokenize: Tokenizer, origin: str, size: int, rows: int | None) -> Tokenizer:
+    """The tokenizer, after a look at what it makes of a prompt. `size`: how many tokens it knows.
+
+    Raises:
+        CheckpointError: if that is nothing, does not end as umT5's do, or is more than the text encoder has.
+    """
+
+    def tokens(text: str) -> list[int]:
+        with foreign_parser(origin, AGAIN, CheckpointError, "is a damaged tokenizer"):
+            return tokenize(text)
+
+    probe = tokens(PROBE)
+    if len(probe) < 2 or probe[-1] != END_OF_TEXT:
+        raise CheckpointError(
+            f"the tokenizer in {shown_path(origin)} is not umT5's: {PROBE!r} becomes {probe[:9]}. "
+            "Use the one that came with the text encoder."
+        )
+    if rows is not None and max(size, *probe) > rows:
+        raise CheckpointError(
+            f"the tokenizer in {shown_path(origin)} has {size:,} tokens, the text encoder {rows:,}. "
+            "Use the one that came with it."
+        )
+    return tokens
 
 
 class TextEncoder(nn.Module):

@@ -1,0 +1,47 @@
+"""The official folder of Wan2.2-S2V-14B: what is in it, how large the released files are, and what one lacks."""
+
+from pathlib import Path
+
+from ..errors import CheckpointError, shown_path
+from ..io.weights import some_of
+from .checkpoint import SPEECH_ENCODER, TEXT_ENCODER, VAE
+
+SOURCE = "Wan-AI/Wan2.2-S2V-14B"
+DIT_STEM = "diffusion_pytorch_model"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+OFFICIAL_FILES = {
+    VAE: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
+    TEXT_ENCODER: ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
+    SPEECH_ENCODER: ("wav2vec2-large-xlsr-53-english",),
+}
+"""Where an official folder keeps what is not the DiT."""
+RELEASED_SIZES = {VAE: "0.5 GB", TEXT_ENCODER: "11.4 GB", SPEECH_ENCODER: "a folder with 1.3 GB"}
+DIT_SIZE = "32.6 GB in 4 shards with their index"
+TOKENIZER_SIZE = "a folder with 21 MB"
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """What an official folder lacks, with the sizes of the released files."""
+    parts = [] if (folder / "config.json").exists() else ["config.json (1 KB)"]
+    if not any(folder.glob(f"{DIT_STEM}*.safetensors")):
+        parts.append(f"{DIT_STEM}-*.safetensors ({DIT_SIZE})")
+    for kind, names in OFFICIAL_FILES.items():
+        if not any((folder / name).exists() for name in names):
+            parts.append(f"{names[0]} ({RELEASED_SIZES[kind]})")
+    if not (folder / TOKENIZER_FOLDER).is_dir():
+        parts.append(f"{TOKENIZER_FOLDER} ({TOKENIZER_SIZE})")
+    return parts
+
+
+def check_official(folder: Path) -> None:
+    """Raises CheckpointError with everything that an official folder lacks and where it comes from."""
+    try:
+        is_folder, lacks = folder.is_dir(), missing_parts(folder)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        raise CheckpointError(f"{shown_path(folder)} cannot be opened: {error}. Check the name.") from error
+    if lacks:
+        what = "lacks" if is_folder else ("is no folder" if folder.exists() else "is not there") + ". It should hold"
+        raise CheckpointError(
+            f"{shown_path(folder)} {what}: {some_of(lacks, len(lacks))}. They are in the repository {SOURCE}: "
+            "download them into that folder, or give the folder that has them."
+        )
