@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.config import ALWAYS, DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
-from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
 from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
@@ -35,6 +35,7 @@ from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
 from ..wan_s2v_core.memory.placement import Placement
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, find_part
+from ..wan_s2v_core.model.official import official_places
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
@@ -55,18 +56,27 @@ CLIPS_FOLDER = "wan_s2v_clips"
 
 
 def official_folders() -> dict[str, Path]:
-    """Subfolders of diffusion_models that hold a config.json, by their name in the menus."""
+    """Folders at any depth of diffusion_models that hold a config.json, by their name in the menus: the path below the
+    root, as ComfyUI names files. Where two roots have one of that name, the first root's counts."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(MODEL_FOLDERS[DIT])]
-    found = {path.parent for root in roots if root.is_dir() for path in root.glob("*/config.json")}
-    return {folder.name + OFFICIAL: folder for folder in sorted(found)}
+    near = [path.parent.name for root in roots if root.is_dir() for path in root.glob("*/config.json")]
+    found = {}
+    for name in official_places(listed(DIT), near):
+        if folder := next((root / name for root in roots if (root / name / "config.json").is_file()), None):
+            found[name + OFFICIAL] = folder
+    return found
+
+
+def listed(kind: str) -> list[str]:
+    """ComfyUI's list of the files of a kind; Windows' backslashes become slashes, so that workflows travel."""
+    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(MODEL_FOLDERS[kind])]
 
 
 def model_choices(kind: str) -> list[str]:
     """What a loader offers: official folders, files that are named after S2V, the embedded demo, other files."""
     folders = official_folders()
     inside = tuple(name.removesuffix(OFFICIAL) + "/" for name in folders)
-    names = [name.replace("\\", "/") for name in folder_paths.get_filename_list(MODEL_FOLDERS[kind])]
-    files = [name for name in names if not name.startswith(inside)]
+    files = [name for name in listed(kind) if not (kind == DIT and name.startswith(inside))]
     likely = [name for name in files if "s2v" in name.lower()] if kind == DIT else []
     return [*folders, *likely, DEMO, *(name for name in files if name not in likely)]
 
@@ -107,14 +117,17 @@ def find_model(kind: str, name: Any) -> ModelRecipe:
     """
     if name == DEMO:
         return ModelRecipe(kind, str(embedded(CHECKPOINT)))
-    if folder := official_folders().get(str(name)):
+    folders, choices = official_folders(), model_choices(kind)
+    if name not in (*folders, *choices):
+        name = str(name).replace("\\", "/")  # as a workflow from Windows may have it
+    if folder := folders.get(name):
         return ModelRecipe(kind, str(folder))
-    path = folder_paths.get_full_path(MODEL_FOLDERS[kind], name) if name in model_choices(kind) else None
+    path = folder_paths.get_full_path(MODEL_FOLDERS[kind], name) if name in choices else None
     if path is None:
         searched = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDERS[kind]))
         raise ConfigError(
-            f"{name!r} is not among the models in {MODEL_FOLDERS[kind]} (searched: {searched}). Put it there, press R "
-            "in ComfyUI and choose it again."
+            f"{shown(repr(name))} is not among the models in {MODEL_FOLDERS[kind]} (searched: {searched}). Put it "
+            "there, press R in ComfyUI and choose it again."
         )
     return ModelRecipe(kind, path)
 

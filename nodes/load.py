@@ -20,7 +20,7 @@ class LoadCheckpoint(io.ComfyNode):
             display_name="Wan S2V Load Checkpoint",
             category=CATEGORY,
             description="All four networks from one folder in the official layout of Wan2.2-S2V-14B, or the embedded "
-            "demo. An official folder is any folder in models/diffusion_models that holds config.json.",
+            "demo. An official folder is any folder in models/diffusion_models, at any depth, that holds config.json.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",

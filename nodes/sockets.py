@@ -12,11 +12,12 @@ from torch import Tensor
 from ..wan_s2v_core.conditioning.audio import resample_features, resampled_length
 from ..wan_s2v_core.conditioning.bundle import Voice
 from ..wan_s2v_core.conditioning.pose import frames_at
-from ..wan_s2v_core.errors import ConfigError
+from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.audio import Recording, check_recording
 from ..wan_s2v_core.io.scratch import scratch
 from ..wan_s2v_core.io.video import DrivingVideo
 from ..wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ
+from ..wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 
 LARGEST_DIFFERENCE_SECONDS = 0.1
 """By which a recording and what was heard of it may differ: the encoder needs 25 ms for a feature at the end."""
@@ -30,11 +31,27 @@ S2VConditioningSocket = io.Custom("WAN_S2V_CONDITIONING")
 S2VClips = io.Custom("WAN_S2V_CLIPS")
 
 
+NETWORKS = {
+    "model": DIT,
+    "low_noise_model": DIT,
+    "text_encoder": TEXT_ENCODER,
+    "audio_encoder": SPEECH_ENCODER,
+    "vae": VAE,
+}
+"""Inputs that take a network, and its kind."""
+
+
 def check_link(name: str, value: Any, kind: type) -> None:
-    """Raises ConfigError if an input was not made by a node: prompts of the API may hold a value instead of a link,
-    which ComfyUI does not look at."""
+    """Raises ConfigError if an input was not made by a node, or is a network of another kind: prompts of the API may
+    hold a value instead of a link, and outputs of any type fit every input; ComfyUI looks at neither."""
     if not isinstance(value, kind):
-        raise ConfigError(f"{name}={value!r} is no link to a node. Connect the output that gives it.")
+        raise ConfigError(f"{name}={shown(repr(value))} is no link to a node. Connect the output that gives it.")
+    recipe, wanted = getattr(value, "recipe", None), NETWORKS.get(name)
+    if wanted and recipe and recipe.kind != wanted:
+        raise ConfigError(
+            f"{name} is connected to a {PART_LABELS[recipe.kind]}, not to a {PART_LABELS[wanted]}. "
+            "Connect the output of the loader that gives it."
+        )
 
 
 def recording_of(audio: dict[str, Any] | None) -> Recording:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import ALWAYS, AUTO, REFERENCE_PRESET, preset_lines
 from .errors import ConfigError, WanS2VError
+from .libraries import library_problem
 
 if TYPE_CHECKING:
     from .bench.cases import BenchRequest
@@ -366,8 +367,8 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--device", help="cuda if there is a card, else cpu")
     add(
         "--precision",
-        help="bfloat16 (default on a card), float16, float32 (default on a CPU), float8-weights (half the memory), or "
-        "products in 8 bits too: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100 and later)",
+        help="bfloat16 (default on a GPU), float16 (default on one without bfloat16, such as RTX 20), float32 (default on "
+        "a CPU), float8-weights (half the memory), or products in 8 bits too: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100 and later)",
     )
     add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
     add(
@@ -623,6 +624,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else [*arguments]
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
+    if problem := library_problem():
+        return give_up(problem, UNUSABLE, options.json)
     try:
         return options.run(options)
     except WanS2VError as error:

@@ -43,7 +43,7 @@ from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
 from .model.official import check_official
 from .model.vae_parts import VaeParts
-from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps
+from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps, warn_of_cpu
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
@@ -277,6 +277,8 @@ class S2VPipeline:
         self.networks, self.check = networks, check or (lambda: None)
         self.expert_load = ExpertLoad()
         """What the experts of the last generated video had to do; empty for a dense model."""
+        if networks.device.type == "cpu" and DIT in networks.names:
+            warn_of_cpu(networks.dit_config(), networks.device)
 
     @property
     def device(self) -> torch.device:

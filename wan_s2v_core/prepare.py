@@ -4,7 +4,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +289,7 @@ def plan_loading(
     acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
     text_precision: str = AUTO,
 ) -> LoadPlan:
-    """The plan for a precision of that name; auto is bfloat16, and float32 on a CPU.
+    """The plan for a precision of that name; auto is bfloat16, float16 on GPUs without it, and float32 on a CPU.
 
     Args:
         text_precision: of the text encoder, auto or float8-weights.
@@ -300,11 +300,68 @@ def plan_loading(
     check_choice("precision", precision, (AUTO, *PRECISIONS))
     check_choice("text_precision", text_precision, TEXT_PRECISIONS)
     if precision == AUTO:
-        precision = "float32" if device.type == "cpu" else "bfloat16"
+        precision = auto_precision(device)
     chosen = PRECISIONS[precision]
     if chosen.linears:
         check_device(chosen.linears, device)
     return LoadPlan(chosen, device, split_experts, acceleration, text_precision != AUTO)
+
+
+@cache
+def auto_precision(device: torch.device) -> str:
+    """What auto stands for on a device; where that is not the usual bfloat16 of a GPU, it is said once."""
+    if device.type == "cpu":
+        return "float32"
+    if device.type != "cuda" or has_bfloat16(device):
+        return "bfloat16"
+    major, minor = torch.cuda.get_device_capability(device)
+    log.warning(
+        "precision auto is float16: %s (compute capability %d.%d) has no bfloat16 units",
+        torch.cuda.get_device_name(device),
+        major,
+        minor,
+    )
+    return "float16"
+
+
+LARGE_PARAMETERS = 2e9
+"""Of a DiT, from which on a forward on a CPU takes minutes."""
+
+
+def warn_of_cpu(config: S2VModelConfig, device: torch.device) -> None:
+    """Say that a large DiT is about to run on a CPU, why, and what to do about it."""
+    parameters = dit_parameters(config)
+    if device.type == "cpu" and parameters > LARGE_PARAMETERS:
+        log.warning(
+            "a DiT of %.0f billion parameters will run on the CPU, minutes a step: %s", parameters / 1e9, why_cpu()
+        )
+
+
+def dit_parameters(config: S2VModelConfig) -> int:
+    """Of the blocks, which are nearly all of it."""
+    attention = 4 * config.width**2
+    feed_forward = 2 * config.width * config.feed_forward_width * max(1, config.num_experts)
+    modulation = 2 * config.width**2 if config.modulates_audio else 0
+    return config.blocks * (2 * attention + feed_forward) + len(config.injected_blocks) * (attention + modulation)
+
+
+def why_cpu() -> str:
+    """Why a CPU is used, and the way out."""
+    if torch.cuda.is_available():
+        return (
+            f"{torch.cuda.get_device_name()} is there, but the CPU was asked for. Leave out --device cpu, or ComfyUI's "
+            "--cpu."
+        )
+    if not (torch.version.cuda or torch.version.hip):
+        return (
+            f"torch {torch.__version__} is built for CPUs alone. With an NVIDIA or AMD GPU, install a build of torch "
+            "for it."
+        )
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return (
+        f"torch is built for {build}, but finds no GPU or no driver for it. Install or update the driver: nvidia-smi "
+        "or rocm-smi must list the GPU, also inside a container."
+    )
 
 
 def choose_routing(config: S2VModelConfig, routing: ExpertRouting, split_experts: int) -> ExpertRouting | None:

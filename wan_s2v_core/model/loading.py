@@ -154,6 +154,8 @@ def describe(weights: Weights) -> Part:
             f"{shown_path(weights.path)} looks like a {PART_LABELS[found.part]} but has no {error}. Download it again."
         ) from error
     except CheckpointError as error:
+        if str(weights.path) in str(error):
+            raise
         raise CheckpointError(f"{shown_path(weights.path)}: {error}") from error
     except (IndexError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """The official folder of Wan2.2-S2V-14B: what is in it, how large the released files are, and what one lacks."""
 
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, shown_path
 from ..io.weights import some_of
@@ -18,6 +19,19 @@ OFFICIAL_FILES = {
 RELEASED_SIZES = {VAE: "0.5 GB", TEXT_ENCODER: "11.4 GB", SPEECH_ENCODER: "a folder with 1.3 GB"}
 DIT_SIZE = "32.6 GB in 4 shards with their index"
 TOKENIZER_SIZE = "a folder with 21 MB"
+
+
+def official_places(files: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """Folders that look official, by their paths below a root, from those of the files there.
+
+    Args:
+        others: folders that are to count as well.
+    """
+    marks = {names[0] for kind, names in OFFICIAL_FILES.items() if kind != SPEECH_ENCODER}
+    marks |= {names[-1] for kind, names in OFFICIAL_FILES.items() if kind != SPEECH_ENCODER}
+    paths = (PurePosixPath(file) for file in files)
+    found = {path.parent for path in paths if path.name in marks or path.name.startswith(DIT_STEM)}
+    return sorted(str(path) for path in found | {PurePosixPath(other) for other in others} if path.name)
 
 
 def missing_parts(folder: Path) -> list[str]:
