@@ -367,8 +367,10 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--device", help="cuda if there is a card, else cpu")
     add(
         "--precision",
-        help="bfloat16 (default on a GPU), float16 (default on one without bfloat16, such as RTX 20), float32 (default on "
-        "a CPU), float8-weights (half the memory), or products in 8 bits too: float8 (RTX 40, H100 and later) or int8 (RTX 30, A100 and later)",
+        help="bfloat16 (default on a GPU), float16 (default on RTX 20 and older), float32 (default on a CPU), "
+        "float8-weights (half the memory), or products in 8 "
+        "bits too: float8 (RTX 40, H100 and later) or "
+        "int8 (RTX 30, A100 and later)",
     )
     add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
     add(

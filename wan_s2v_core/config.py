@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 T = TypeVar("T", bound="JsonConfig")
 
@@ -38,7 +38,7 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """Raises ConfigError if a setting, which may come from anybody's JSON, is none of the words it may be."""
     known = tuple(known)
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known. Use one of: {', '.join(known)}.")
+        raise ConfigError(f"{name}={shown(repr(value))} is not known. Use one of: {', '.join(known)}.")
 
 
 GATE_RANGES = ("chosen", "all")

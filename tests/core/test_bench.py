@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import random
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
+from wan_s2v_core.acceleration.vae.network import speed_up
 from wan_s2v_core.bench import article, run
 from wan_s2v_core.bench import ceilings as ceiling_module
 from wan_s2v_core.bench import measure as measuring
@@ -30,6 +32,7 @@ from wan_s2v_core.bench.engine import weight_bytes as predicted_bytes
 from wan_s2v_core.bench.flops import ForwardShape, forward_flop, masked_flop, shape_of_tokens
 from wan_s2v_core.bench.growth import fit_growth
 from wan_s2v_core.bench.measure import kind_of_kernel, read_commit
+from wan_s2v_core.bench.other_networks import products_dtype, type_name
 from wan_s2v_core.bench.prediction import OtherCard, parse_other_card, predict
 from wan_s2v_core.bench.random_weights import fill_random, random_tensor
 from wan_s2v_core.bench.stages import Stage
@@ -38,6 +41,7 @@ from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.loading import load
+from wan_s2v_core.model.vae import VideoVAE
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = ("--sizes", "64x64", "--clip_frames", "20", "--runs", "2", "--device", "cpu")
@@ -587,6 +591,26 @@ def test_ceilings_are_measured_once_and_none_where_there_is_no_kernel(caplog, mo
     rates = ceilings.rates(TINY, 256, "float8", 16)
     assert rates.products == "fp8" and rates.square is None and rates.outside > 0
     assert "no ceiling of" in caplog.text and "no such kernel" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_fast_vae_is_held_against_what_it_computes_in(dtype):
+    """Its first weights are float32 whatever its products are."""
+    vae = VideoVAE(width=8)
+    fill_random(vae)
+    speed_up(vae, CPU, dtype)
+    assert next(vae.parameters()).dtype == torch.float32
+    assert products_dtype(vae) == dtype and type_name(vae) == str(dtype).removeprefix("torch.")
+    assert products_dtype(torch.nn.Linear(2, 2).bfloat16()) == torch.bfloat16
+
+
+def test_the_large_ceiling_is_the_fastest_run_of_any_product(monkeypatch):
+    """Runs at once and after a second at work, two shapes: what a short network reaches is below the best of them."""
+    ceilings, times = Ceilings(CPU), iter([8.0, 4.0, 2.0, 6.0])
+    monkeypatch.setattr(ceilings, "_runs", lambda *_: [seconds := next(times), seconds + 1])
+    work = [2 * math.prod(side // 16 for side in sides) for sides in ceiling_module.LARGE]
+    assert ceilings.large(torch.bfloat16) == pytest.approx(max(work[0] / 4.0, work[1] / 2.0) / 1e12)
+    assert ceilings.large(torch.bfloat16), "kept"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8-weights"])

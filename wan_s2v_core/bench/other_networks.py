@@ -29,7 +29,7 @@ def measure_network(session: Session, case: Case) -> Result:
     timing = time_runs(given, session.request.runs, session.device)
     seen = profile(given, session.device)
     flop = vae_flop(session, case) if is_vae else count_flop(given)
-    rate, tflops = session.ceilings.large(next(network.parameters()).dtype), flop / timing.median / 1e12
+    rate, tflops = session.ceilings.large(products_dtype(network)), flop / timing.median / 1e12
     details = timing_facts(timing) | {
         "flop": {"total": flop},
         "dtype": type_name(network),
@@ -44,8 +44,14 @@ def measure_network(session: Session, case: Case) -> Result:
     return Result(timing.median, timing.median, timing.peak_bytes, tflops, share, split, details=details)
 
 
+def products_dtype(network: nn.Module) -> torch.dtype:
+    """In what a network computes, which its first weights need not have: see `acceleration.vae.network`."""
+    inner = getattr(network, "network", network)
+    return getattr(inner, "compute_dtype", None) or next(network.parameters()).dtype
+
+
 def type_name(network: nn.Module) -> str:
-    return str(next(network.parameters()).dtype).removeprefix("torch.")
+    return str(products_dtype(network)).removeprefix("torch.")
 
 
 def vae_sizes(case: Case) -> dict[str, tuple[int, ...]]:

@@ -35,7 +35,8 @@ def file_size(path: str | Path, largest_bytes: int | None = None, error: type[Wa
         raise error(f"{shown_path(path)} is {kind}, not a regular file. Choose a file.")
     if largest_bytes is not None and facts.st_size > largest_bytes:
         raise error(
-            f"{shown_path(path)} has {facts.st_size:,} bytes; at most {largest_bytes:,} are read. Is it the right file?"
+            f"{shown_path(path)} has {facts.st_size:,} bytes; at most {largest_bytes:,} are read. "
+            "Check that it is the right one."
         )
     return facts.st_size
 

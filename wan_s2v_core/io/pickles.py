@@ -62,8 +62,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         if file.read(len(ZIP_START)) == ZIP_START:
             records = check_zip(path, file)
-            tensors = _named_tensors(path, _load(path, path, mmap=True))
-            _check_storages(path, tensors, records)
+            content = _load(path, path, mmap=True)
+            tensors = _named_tensors(path, content)
+            _check_storages(path, tensors, records, is_all=tensors is content)
         else:
             file.seek(0)
             first_value = check_old(path, file)
@@ -172,10 +173,10 @@ def check_zip(path: Path, file: BinaryIO) -> Counter[int]:
                 f"{shown_path(path)} is a zip without tensors, no PyTorch file. Unpack it or use another file."
             )
         folder = name.removesuffix("data.pkl")
+        if any(record.filename == f"{folder}constants.pkl" for record in records):
+            raise CheckpointError(f"{shown_path(path)} is a TorchScript program, not weights. Use a safetensors file.")
         _check_records(path, file, records, folder)
         sizes = {record.filename.removeprefix(folder): record.file_size for record in records}
-        if "constants.pkl" in sizes:
-            raise CheckpointError(f"{shown_path(path)} is a TorchScript program, not weights. Use a safetensors file.")
         if max(sizes["data.pkl"], sizes.get("byteorder", 0)) > LARGEST_PICKLE_BYTES:
             raise CheckpointError(
                 f"{shown_path(path)} describes its tensors in {sizes['data.pkl']:,} bytes; at most "
@@ -269,9 +270,14 @@ def _storages(tensors: dict[str, Tensor]) -> list[int]:
     return list(found.values())
 
 
-def _check_storages(path: Path, tensors: dict[str, Tensor], records: Counter[int]) -> None:
-    """PyTorch maps as much as the pickle asks for, into the next record where that is more than there is."""
-    if Counter(_storages(tensors)) - records:
+def _check_storages(path: Path, tensors: dict[str, Tensor], records: Counter[int], is_all: bool) -> None:
+    """PyTorch maps as much as the pickle asks for, into the next record where that is more than there is.
+
+    Args:
+        is_all: whether these tensors are all that the file holds, so that each record is one of them.
+    """
+    found, records = Counter(_storages(tensors)), Counter({size: n for size, n in records.items() if size})
+    if found - records or (is_all and records - found):
         raise CheckpointError(
             f"{shown_path(path)} has tensors of other sizes than its records. It is damaged: download it again."
         )

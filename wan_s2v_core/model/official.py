@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError, shown_path
+from ..errors import CheckpointError, shown, shown_path
 from ..io.weights import some_of
 from .checkpoint import SPEECH_ENCODER, TEXT_ENCODER, VAE
 
@@ -50,12 +50,13 @@ def missing_parts(folder: Path) -> list[str]:
 def check_official(folder: Path) -> None:
     """Raises CheckpointError with everything that an official folder lacks and where it comes from."""
     try:
-        is_folder, lacks = folder.is_dir(), missing_parts(folder)
+        is_there, is_folder, lacks = folder.exists(), folder.is_dir(), missing_parts(folder)
     except (OSError, ValueError) as error:  # a name that is too long, or has a null character
-        raise CheckpointError(f"{shown_path(folder)} cannot be opened: {error}. Check the name.") from error
+        reason = shown(getattr(error, "strerror", None) or error)
+        raise CheckpointError(f"{shown_path(folder)} cannot be opened: {reason}. Give another folder.") from error
     if lacks:
-        what = "lacks" if is_folder else ("is no folder" if folder.exists() else "is not there") + ". It should hold"
+        what = "lacks" if is_folder else ("is no folder" if is_there else "is not there") + ". It should hold"
         raise CheckpointError(
             f"{shown_path(folder)} {what}: {some_of(lacks, len(lacks))}. They are in the repository {SOURCE}: "
-            "download them into that folder, or give the folder that has them."
+            "download them into that folder. Give the folder that has all of them."
         )
