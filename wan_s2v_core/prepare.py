@@ -304,24 +304,24 @@ def plan_loading(
     chosen = PRECISIONS[precision]
     if chosen.linears:
         check_device(chosen.linears, device)
+        if auto_precision(device) == "float16":  # of 8-bit weights, what the rest of the network is
+            chosen = replace(chosen, dtype=torch.float16)
     return LoadPlan(chosen, device, split_experts, acceleration, text_precision != AUTO)
 
 
-@cache
 def auto_precision(device: torch.device) -> str:
     """What auto stands for on a device; where that is not the usual bfloat16 of a GPU, it is said once."""
     if device.type == "cpu":
         return "float32"
     if device.type != "cuda" or has_bfloat16(device):
         return "bfloat16"
-    major, minor = torch.cuda.get_device_capability(device)
-    log.warning(
-        "precision auto is float16: %s (compute capability %d.%d) has no bfloat16 units",
-        torch.cuda.get_device_name(device),
-        major,
-        minor,
-    )
+    _say_float16(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return "float16"
+
+
+@cache
+def _say_float16(name: str, capability: tuple[int, int]) -> None:
+    log.warning("precision auto is float16: %s (compute capability %d.%d) has no bfloat16 units", name, *capability)
 
 
 LARGE_PARAMETERS = 2e9

@@ -32,6 +32,7 @@ from wan_s2v_core.acceleration.experts.router import (
     take_load,
 )
 from wan_s2v_core.acceleration.experts.split import (
+    FORMAT,
     TokenSample,
     apply_split,
     assign_balanced,
@@ -441,6 +442,10 @@ def test_bad_split_files_are_named(make_model, tmp_path):
         apply_split(make_model(), load_split(tmp_path / "other.safetensors"))
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-9])
+    for name, split in (("deep", "[" * 99_999), ("none", "{}"), ("many", '{"layers": 1000000000, "shared": 0}')):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"format": FORMAT, "split": split})
+        with pytest.raises(CheckpointError, match=r"damaged|JSON"):
+            load_split(tmp_path / f"{name}.safetensors")
     for name, message in (("foreign", "no file of split"), ("damaged", "damaged"), ("absent", "not there")):
         with pytest.raises(CheckpointError, match=message):
             load_split(tmp_path / f"{name}.safetensors")

@@ -1,22 +1,26 @@
 """What is too old, missing or slow on this computer is said in one line with the cure, before anything loads."""
 
 import asyncio
+import copy
 import importlib.metadata
 import importlib.util
 import logging
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from wan_s2v_core import libraries, prepare
+from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.errors import BackendUnavailable
 from wan_s2v_core.libraries import COMFYUI_FLOOR, FLOORS, is_older, library_problem
+from wan_s2v_core.model.loading import place, type_of
 from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
-from wan_s2v_core.prepare import plan_loading
+from wan_s2v_core.prepare import PRECISIONS, plan_loading
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -116,10 +120,10 @@ def card(monkeypatch):
     def pretend(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A card")
-        prepare.auto_precision.cache_clear()
+        prepare._say_float16.cache_clear()
 
     yield pretend
-    prepare.auto_precision.cache_clear()
+    prepare._say_float16.cache_clear()
 
 
 def test_auto_is_float16_without_bfloat16_units_and_says_so_once(card, caplog):
@@ -136,6 +140,24 @@ def test_auto_is_as_ever_elsewhere(card, caplog, device, dtype):
     assert plan_loading("auto", device).precision.dtype == dtype and not caplog.records
     card(TITAN_RTX)
     assert plan_loading("bfloat16", CARD).precision.dtype == torch.bfloat16, "what is asked for is done"
+
+
+def test_a_model_in_8_bits_computes_in_float16_there(card, make_model, make_inputs):
+    """The weights are those of other cards, and so are the results, but for rounding."""
+    card(TITAN_RTX)
+    planned = plan_loading("float8-weights", CARD).precision
+    assert planned == replace(PRECISIONS["float8-weights"], dtype=torch.float16)
+    (inputs, noise), model = make_inputs(), make_model()
+    made = {}
+    for dtype in (torch.float32, planned.dtype):
+        other = copy.deepcopy(model)
+        swap_linears(other, planned.linears)
+        for name, value in model.state_dict().items():
+            place(other, name, value, type_of(other, name, dtype))
+        with torch.inference_mode():
+            made[dtype] = other(noise, 500.0, other.condition(inputs)).float()
+    exact, low = made.values()
+    assert low.isfinite().all() and (low - exact).norm() / exact.norm() < 0.01
 
 
 REASONS = {

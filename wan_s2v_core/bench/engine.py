@@ -19,7 +19,7 @@ from ..model.dit import ClipInputs, S2VTransformer
 from ..model.loading import find_part, load, set_types
 from ..model.text_encoder import END_OF_TEXT, TextEncoder
 from ..model.vae import VideoVAE
-from ..prepare import PRECISIONS, LoadPlan, accelerate, choose_attention, plan_loading
+from ..prepare import AUTO, PRECISIONS, LoadPlan, accelerate, auto_precision, choose_attention, plan_loading
 from .flops import ForwardShape
 from .random_weights import fill_random
 
@@ -121,8 +121,8 @@ def loading_of(precision: str, device: torch.device, plan: AccelerationPlan | No
 
 def precision_name(precision: str, device: torch.device) -> str:
     """What auto stands for."""
-    chosen = loading_of(precision, device).precision
-    return next(name for name, known in PRECISIONS.items() if known == chosen)
+    loading_of(precision, device)  # raises where it cannot be used
+    return auto_precision(device) if precision == AUTO else precision
 
 
 def meta_network(kind: str, config: Any, loading: LoadPlan) -> nn.Module:

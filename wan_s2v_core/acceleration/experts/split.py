@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...config import ExpertRouting
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, shown, shown_path
+from ...io.outside import file_size, foreign_parser, parse_json
 from ...model.block import FeedForward
 from ...model.dit import S2VTransformer
 from ...model.experts import ROWS_AT_ONCE, UNWEIGHTED, RoutedFeedForward
@@ -329,7 +330,9 @@ def check_sizes(split: ExpertSplit, model: S2VTransformer) -> None:
     blocks, neurons = len(model.stack.blocks), model.config.feed_forward_width
     whole = torch.arange(neurons)
     fits = len(split.layers) == blocks and all(
-        torch.equal(layer.groups.flatten().long().sort().values, whole)
+        layer.groups.ndim == 2
+        and layer.probes.numel() > 0
+        and torch.equal(layer.groups.flatten().long().sort().values, whole)
         and layer.readout.shape == (split.num_experts - split.shared, layer.probes.numel())
         and 0 <= layer.probes.min() <= layer.probes.max() < neurons
         for layer in split.layers
@@ -415,18 +418,20 @@ def load_split(path: str | Path) -> ExpertSplit:
         CheckpointError: if it is missing, damaged or something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not there. Split the checkpoint first, or choose another file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            about = json.loads(metadata["split"]) if metadata.get("format") == FORMAT else None
-            layers = [_read_layer(file, index) for index in range(about["layers"] if about else 0)]
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Split the checkpoint again.") from error
-    if not about:
-        raise CheckpointError(f"{path} is no file of split experts. Choose one that this program wrote.")
-    return ExpertSplit(tuple(layers), about["shared"])
+    file_size(path, error=CheckpointError)
+    again = "Split the checkpoint again."
+    with foreign_parser(path, again, CheckpointError, "is damaged"), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{shown_path(path)} is no file of split experts. Choose one that this program wrote."
+            )
+        about = parse_json(metadata["split"], f"the split in {path}", CheckpointError)
+        layers = tuple(_read_layer(file, index) for index in range(about["layers"]))
+        split = ExpertSplit(layers, about["shared"])
+        if not layers or type(split.shared) is not int or not 0 <= split.shared < split.num_experts:
+            raise ValueError(f"{len(layers)} layers with {shown(split.shared)} shared experts")
+    return split
 
 
 def _read_layer(file: safe_open, index: int) -> LayerSplit:
