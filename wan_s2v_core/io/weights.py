@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 HEADER_LENGTH_BYTES = 8
-LARGEST_HEADER_BYTES = 32_000_000
+LARGEST_HEADER_BYTES = 8_000_000
 """Of a safetensors file. A tensor takes about 120 bytes of it, the 14B model has 1,260 tensors."""
 LONGEST_FILE_NAME = 255
 PIECE_BYTES = 4_000_000_000

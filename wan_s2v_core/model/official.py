@@ -42,7 +42,8 @@ def missing_parts(folder: Path) -> list[str]:
     for kind, names in OFFICIAL_FILES.items():
         if not any((folder / name).exists() for name in names):
             parts.append(f"{names[0]} ({RELEASED_SIZES[kind]})")
-    if not (folder / TOKENIZER_FOLDER).is_dir():
+    has_own = (folder / OFFICIAL_FILES[TEXT_ENCODER][1]).exists()  # safetensors may carry their tokenizer
+    if not has_own and not (folder / TOKENIZER_FOLDER).is_dir():
         parts.append(f"{TOKENIZER_FOLDER} ({TOKENIZER_SIZE})")
     return parts
 
