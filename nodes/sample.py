@@ -24,7 +24,7 @@ from ..wan_s2v_core.io.clip_store import ClipStore
 from ..wan_s2v_core.model.checkpoint import DIT
 from ..wan_s2v_core.model.loading import find_part
 from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_keys
-from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing
+from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
 from . import bridge
 from .clip_films import ClipFilms
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link
@@ -256,6 +256,7 @@ class Sample(io.ComfyNode):
         usable = choose_routing(config, routing, split_experts)
         loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
         networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
+        warn_of_cpu(config, networks.device)
         plan, attention = networks.acceleration, networks.loading.attention(config)
         if model.accelerated_in:
             bridge.say(model.accelerated_in, attention_line(attention, plan))

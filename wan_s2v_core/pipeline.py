@@ -142,8 +142,9 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def check_parts(paths: Mapping[str, Path]) -> None:
-    """Whether the networks at `paths` (kind -> file or folder) fit each other, before any of them is loaded.
+def check_parts(paths: Mapping[str, Path]) -> S2VModelConfig:
+    """Whether the networks at `paths` (kind -> file or folder) fit each other, before any of them is loaded; the DiT's
+    config.
 
     Raises:
         CheckpointError: if one is missing, or voice or text are of another width than the DiT reads.
@@ -154,6 +155,7 @@ def check_parts(paths: Mapping[str, Path]) -> None:
     check_fit(dit, text["d_model"], speech["hidden_size"], speech["num_hidden_layers"] + 1)
     if LOW_NOISE_DIT in paths:
         check_pair(dit, find_part(paths[LOW_NOISE_DIT], DIT).config)
+    return dit
 
 
 def open_checkpoint(
@@ -176,7 +178,7 @@ def open_checkpoint(
     paths = dict.fromkeys(PART_LABELS, folder)
     if noise_expert:
         paths[LOW_NOISE_DIT] = Path(noise_expert)
-    check_parts(paths)
+    warn_of_cpu(check_parts(paths), loading.device)
     return CheckpointNetworks(paths, loading, offload, text_device, limits)
 
 
@@ -277,8 +279,6 @@ class S2VPipeline:
         self.networks, self.check = networks, check or (lambda: None)
         self.expert_load = ExpertLoad()
         """What the experts of the last generated video had to do; empty for a dense model."""
-        if networks.device.type == "cpu" and DIT in networks.names:
-            warn_of_cpu(networks.dit_config(), networks.device)
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.errors import BackendUnavailable
 from wan_s2v_core.libraries import COMFYUI_FLOOR, FLOORS, is_older, library_problem
 from wan_s2v_core.model.loading import place, type_of
-from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
+from wan_s2v_core.pipeline import open_checkpoint
 from wan_s2v_core.prepare import PRECISIONS, plan_loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +190,6 @@ def test_a_large_model_on_a_cpu_is_said_before_anything_loads(is_large, tiny_che
     if is_large:
         monkeypatch.setattr(prepare, "LARGE_PARAMETERS", 1e5)
     networks = open_checkpoint(tiny_checkpoint, plan_loading("auto", CPU))
-    S2VPipeline(networks)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == is_large and not networks.loaded
     assert not lines or "will run on the CPU" in lines[0]
