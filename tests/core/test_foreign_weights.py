@@ -48,6 +48,7 @@ def change_json(path, **changes):
 FORMS = {
     "as it is": lambda weights: weights,
     "under a name of its own": lambda weights: {"state_dict": weights, "epoch": 3, "rate": 1e-4, "note": "x"},
+    "beside those of training": lambda weights: {"state_dict": weights, "optimizer": {"a": torch.zeros(9)}},
     "parameters": lambda weights: {name: torch.nn.Parameter(value) for name, value in weights.items()},
     "turned": lambda weights: weights | {"a": weights["a"].t().contiguous().t()},
     "two of one memory": lambda weights: weights | {"b": weights["a"]},

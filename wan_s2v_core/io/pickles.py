@@ -69,8 +69,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             file.seek(0)
             first_value = check_old(path, file)
             file.seek(0)
-            tensors = _named_tensors(path, _load(path, file, mmap=False))
-            _check_old_size(path, tensors, first_value)
+            content = _load(path, file, mmap=False)
+            tensors = _named_tensors(path, content)
+            _check_old_size(path, tensors, first_value, is_all=tensors is content)
     for name, value in tensors.items():
         _check_plain(path, name, value)
     if sum(value.nbytes for value in tensors.values()) > LARGEST_SHARE * path.stat().st_size:
@@ -283,11 +284,11 @@ def _check_storages(path: Path, tensors: dict[str, Tensor], records: Counter[int
         )
 
 
-def _check_old_size(path: Path, tensors: dict[str, Tensor], first_value: int) -> None:
-    """A number of 8 bytes and the values for each piece of memory, to the end of the file."""
+def _check_old_size(path: Path, tensors: dict[str, Tensor], first_value: int, is_all: bool) -> None:
+    """A number of 8 bytes and the values for each piece of memory, to the end of the file. `is_all`: as above."""
     storages, empty = _storages(tensors), sum(not value.numel() for value in tensors.values())
     left = file_size(path) - first_value - sum(storages) - 8 * len(storages)
-    if not 0 <= left <= 8 * empty:
+    if left < 0 or (is_all and left > 8 * empty):
         raise CheckpointError(f"{shown_path(path)} is not a complete PyTorch file. {TORN}")
 
 
