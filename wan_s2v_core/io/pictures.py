@@ -55,7 +55,8 @@ def decode_picture(path: str | Path, check_size: Callable[[int, int], None]) -> 
             check_size(image.height, image.width)  # a few formats learn it while they decode
             turn, profile = _orientation(image, path), image.info.get("icc_profile")
             colours, alpha = _colours(image)
-            colours = _in_srgb(colours, profile, path)
+        del image  # a large one and its copies in other modes do not fit beside each other
+        colours = _in_srgb(colours, profile, path)
         if turn is not None:
             colours, alpha = colours.transpose(turn), alpha and alpha.transpose(turn)
         return torch.from_numpy(_on_black(colours, alpha))
@@ -88,8 +89,9 @@ def _colours(image: Any) -> tuple[Any, Any]:
         return image.convert("L"), None
     if mode in ("YCbCr", "HSV", "RGBX"):
         return image.convert("RGB"), None
-    clear = image.convert("RGBA")
-    return clear.convert("RGB"), clear.getchannel("A")
+    if mode != "RGBA":
+        image = (image.convert("LA") if mode == "La" else image).convert("RGBA")
+    return image.convert("RGB"), image.getchannel("A")
 
 
 def _eight_bits(image: Any) -> tuple[Any, Any]:
