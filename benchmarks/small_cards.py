@@ -47,7 +47,8 @@ from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2V
 from wan_s2v_core.errors import OutOfMemory  # noqa: E402
 from wan_s2v_core.geometry import frames_of  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
-from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan, free_ram_bytes  # noqa: E402
+from wan_s2v_core.io.host_memory import free_ram_bytes  # noqa: E402
+from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan  # noqa: E402
 from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402

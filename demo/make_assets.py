@@ -23,7 +23,8 @@ for folder in (ROOT, DEMO):
 from faces import Face, draw_face  # noqa: E402
 
 from wan_s2v_core.assets import ASSETS, PORTRAIT, VOICE  # noqa: E402
-from wan_s2v_core.io.audio import Recording, import_av, read_recording  # noqa: E402
+from wan_s2v_core.io.audio import Recording, read_recording  # noqa: E402
+from wan_s2v_core.io.media import import_av  # noqa: E402
 
 PORTRAIT_FACE = Face()
 PORTRAIT_PX = 768

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..wan_s2v_core.conditioning.bundle import Voice, make_conditioning
 from ..wan_s2v_core.config import CLIP_PLANS, DEFAULT_NEGATIVE_PROMPT, PICTURE_FITS, TIMINGS, VideoConfig, check_choice
-from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB
+from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB, as_voice
+from ..wan_s2v_core.io.foreign import AUDIO, recording_of
 from ..wan_s2v_core.pipeline import S2VPipeline
 from ..wan_s2v_core.prepare import AUTO, TEXT_PRECISIONS
 from . import bridge
@@ -19,7 +19,6 @@ from .sockets import (
     check_link,
     picture_of,
     pose_of,
-    recording_of,
     text_of,
     voice_of,
 )
@@ -79,7 +78,7 @@ class EncodeAudio(io.ComfyNode):
     @classmethod
     def execute(cls, audio_encoder, audio, start_seconds, seconds, gain_db, normalize) -> io.NodeOutput:
         check_link("audio_encoder", audio_encoder, bridge.Model)
-        recording = recording_of(audio).cut(start_seconds, seconds or None)
+        recording = as_voice(recording_of(audio).cut(start_seconds, seconds or None), AUDIO)
         if normalize:
             recording = recording.levelled()
         heard = recording.amplified(gain_db)  # by those who watch the video
@@ -106,7 +105,7 @@ class VoiceFromEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, audio_encoder_output, audio) -> io.NodeOutput:
-        return io.NodeOutput(voice_of(audio_encoder_output, recording_of(audio)))
+        return io.NodeOutput(voice_of(audio_encoder_output, as_voice(recording_of(audio), AUDIO)))
 
 
 class EncodeText(io.ComfyNode):
@@ -252,7 +251,6 @@ class Conditioning(io.ComfyNode):
         clip_frames, timing, clip_plan, hear_past, pose_video=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_link("voice", voice, Voice)
-        check_link("picture", picture, Tensor)
         check_choice("size_rule", size_rule, SIZE_RULES)
         video = VideoConfig(
             max_area=width * height,

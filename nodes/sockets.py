@@ -14,11 +14,13 @@ from ..wan_s2v_core.conditioning.bundle import Voice
 from ..wan_s2v_core.conditioning.pose import frames_at
 from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.audio import Recording, check_recording
+from ..wan_s2v_core.io.foreign import looks_like_mapping, pictures_of, value_of
 from ..wan_s2v_core.io.scratch import scratch
 from ..wan_s2v_core.io.video import DrivingVideo
 from ..wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ
 from ..wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 
+LAYERS = "encoded_audio_all_layers"
 LARGEST_DIFFERENCE_SECONDS = 0.1
 """By which a recording and what was heard of it may differ: the encoder needs 25 ms for a feature at the end."""
 
@@ -54,19 +56,6 @@ def check_link(name: str, value: Any, kind: type) -> None:
         )
 
 
-def recording_of(audio: dict[str, Any] | None) -> Recording:
-    """AUDIO -> the first recording of its batch.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    waveform = audio.get("waveform") if isinstance(audio, dict) else None
-    if not isinstance(waveform, Tensor) or waveform.ndim != 3 or not len(waveform):
-        raise ConfigError(
-            "the audio input holds no sound (batch, channels, samples). Connect Load Audio, or a video that has sound."
-        )
-    return Recording(waveform[0].float().cpu(), int(audio["sample_rate"]))
-
 
 def audio_of(recording: Recording, seconds: float) -> dict[str, Any]:
     """A recording as AUDIO, cut or filled with silence to `seconds`."""
@@ -83,9 +72,10 @@ def voice_of(heard: Any, recording: Recording) -> Voice:
         ConfigError: if it holds no layers, or those of another recording.
     """
     check_recording(recording)
-    layers = heard.get("encoded_audio_all_layers") if isinstance(heard, dict) else None
-    shapes = {tuple(layer.shape[1:]) for layer in layers or ()}
-    if len(shapes) != 1 or len(*shapes) != 2:
+    found = value_of(heard, LAYERS, "audio_encoder_output") if looks_like_mapping(heard) else None
+    layers = [layer for layer in found if isinstance(layer, Tensor)] if isinstance(found, (list, tuple)) else []
+    shapes = {tuple(layer.shape[1:]) for layer in layers}
+    if len(shapes) != 1 or len(*shapes) != 2 or not len(layers[0]):
         raise ConfigError(
             "audio_encoder_output holds no layers of an audio encoder (batch, time, width). Connect AudioEncoderEncode."
         )
@@ -102,27 +92,13 @@ def voice_of(heard: Any, recording: Recording) -> Voice:
     return Voice(recording, features)
 
 
-def picture_of(image: Tensor) -> Tensor:
+def picture_of(image: Any) -> Tensor:
     """The first picture of an IMAGE, B H W C in 0..1 -> H W 3 uint8; transparency on black, grey as RGB.
 
     Raises:
         ConfigError: if it has no picture, another number of channels, or values that are not finite.
     """
-    return pictures_of(image[:1])[0]
-
-
-def pictures_of(image: Tensor) -> Tensor:
-    """IMAGE, B H W C in 0..1 -> B H W 3 uint8."""
-    if image.ndim != 4 or not image.numel() or image.shape[-1] not in (1, 3, 4):
-        raise ConfigError(
-            f"an image of shape {tuple(image.shape)} is no picture. Batch, height, width and 1, 3 or 4 channels are "
-            "expected: connect Load Image."
-        )
-    if not torch.isfinite(image).all():
-        raise ConfigError("the image holds values that are not finite. Values from 0 to 1 are expected; make it anew.")
-    if image.shape[-1] == 4:
-        image = image[..., :3] * image[..., 3:]
-    return (image.expand(*image.shape[:3], 3).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return pictures_of(image[:1] if isinstance(image, Tensor) and image.ndim == 4 else image)[0]
 
 
 def text_of(conditioning: Any, name: str) -> Tensor:

@@ -16,11 +16,12 @@ from ..wan_s2v_core.assets import VOICE, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.conditioning.timeline import Loudness, expected_timeline, loudness, loudness_of, timeline
 from ..wan_s2v_core.config import DEMO, VideoConfig
-from ..wan_s2v_core.errors import ConfigError, WanS2VError
+from ..wan_s2v_core.errors import ConfigError, WanS2VError, shown
 from ..wan_s2v_core.io.audio import sound_blocks
 
 ROUTE = "/wan_s2v/timeline"
 LONGEST_SECONDS = 3600
+LARGEST_NUMBER = 2**31
 READER = ThreadPoolExecutor(1, "wan_s2v_timeline")
 """Reads one recording at a time, beside the server's own thread."""
 
@@ -86,10 +87,14 @@ def asked_timeline(query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def number(query: Mapping[str, str], name: str, kind: Callable[[str], Any], default: Any) -> Any:
+    """Raises ConfigError unless it is one that a widget could hold."""
     try:
-        return kind(query[name]) if name in query else default
+        found = kind(query[name]) if name in query else default
+        if isinstance(found, int) and abs(found) >= LARGEST_NUMBER:
+            raise ValueError
+        return found
     except ValueError:
-        raise ConfigError(f"{name}={query[name]!r} is no number. Use one such as {default}.") from None
+        raise ConfigError(f"{name}={shown(repr(query[name]))} is no number. Use one such as {default}.") from None
 
 
 def path_of(name: str) -> Path:

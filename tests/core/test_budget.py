@@ -12,6 +12,8 @@ from live_bytes import LiveBytes
 from wan_s2v_core.bench.engine import RELEASED, meta_network, plan_loading
 from wan_s2v_core.config import MEMORY_PROFILES, AccelerationPlan, MemoryLimits, OffloadPlan
 from wan_s2v_core.errors import ConfigError, OutOfMemory
+from wan_s2v_core.io import host_memory
+from wan_s2v_core.io.host_memory import free_ram_bytes
 from wan_s2v_core.memory import budget
 from wan_s2v_core.memory.activations import ForwardWay
 from wan_s2v_core.memory.budget import (
@@ -21,7 +23,6 @@ from wan_s2v_core.memory.budget import (
     Room,
     Sizes,
     dit_plan,
-    free_ram_bytes,
     tighter,
     whole,
 )
@@ -145,7 +146,7 @@ def test_tighter_leads_down_the_ladder(sizes):
 
 
 def test_main_memory_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
     free = free_ram_bytes()
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("100\n")

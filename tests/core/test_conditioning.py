@@ -101,10 +101,10 @@ def bad_pictures(folder):
     Image.effect_noise((64, 64), 50).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:300])
     return {
-        "missing.png": "is not there",
+        "missing.png": "not there|No such file",
         "text.png": "cannot be read as a picture",
-        "empty.png": "cannot be read as a picture",
-        "cut.png": "cannot be read as a picture",
+        "empty.png": "0 bytes",
+        "cut.png": "cannot be read",
         "dot.png": "1x1 px; sides from 16",
         "line.png": "20000x20 px",
     }

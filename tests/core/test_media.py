@@ -189,7 +189,7 @@ def test_a_file_that_breaks_gives_what_came_before(tmp_path, caplog, suffix, cod
     with caplog.at_level(logging.WARNING):
         recording = read_recording(path)
     assert 50_000 < recording.samples.shape[1] < 150_000
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [text for text in caplog.messages if "exceeds full scale" not in text]
     kept = float(message.split("the ")[1].split(" s ")[0])
     assert kept == pytest.approx(recording.seconds, abs=0.02)
 
@@ -200,7 +200,7 @@ def bad_sounds(folder: Path) -> dict[str, tuple[Path, str]]:
     write_wav(folder / "header.wav", torch.zeros(1, 0), 16000)
     write_video(folder / "silent.mp4", random_frames(3))
     return {
-        "missing": (folder / "none.wav", "not there"),
+        "missing": (folder / "none.wav", "not there|No such file"),
         "folder": (folder, "is a folder"),
         "text": (folder / "text.wav", "cannot be opened"),
         "empty": (folder / "empty.wav", "0 bytes"),
@@ -323,8 +323,8 @@ def test_lossless_is_lossless(tmp_path, size):
 
 @pytest.mark.parametrize("channels", [1, 2, 9])
 def test_channels_of_the_film(tmp_path, caplog, channels):
-    """Lossless keeps all of them; the others mix more than two into one and say so."""
-    sound = Recording(random_sound(channels, 16000), 16000)
+    """Lossless keeps all of them; the others mix nine without places into one and say so."""
+    sound = Recording(random_sound(channels, 16000) / 4, 16000)
     for preset in PRESETS:
         path = tmp_path / f"out{video_preset(preset).suffix}"
         caplog.clear()
@@ -610,7 +610,7 @@ def test_videos_that_cannot_be_read_are_named(tmp_path, case):
     paths["sound"] = write_wav(tmp_path / "sound.wav", random_sound(1, 800), 16000)
     for read in (lambda path: read_frames(path, 16, 0, 4), probe_video):
         with pytest.raises(
-            ConfigError, match=r"not there|is a folder|cannot be opened|0 bytes|no video stream"
+            ConfigError, match=r"not there|No such file|is a folder|cannot be opened|0 bytes|no video stream"
         ) as caught:
             read(paths[case])
         assert str(paths[case]) in str(caught.value)

@@ -71,3 +71,17 @@ def test_limits():
 def test_small_films_are_small_and_even(size, small):
     frames = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)
     assert shrunk(frames).shape == (2, *small, 3) and shrunk(frames).dtype == torch.uint8
+
+
+def test_what_a_run_makes_softer_is_drawn_softer():
+    loud = Recording(2.5 * random_sound(32000, 16000).samples, 16000)
+    told = expected_timeline(loudness_of(loud), 0.5, None, VideoConfig())
+    assert max(told["peaks"]) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ConfigError, match="peak of"):
+        expected_timeline(loudness_of(Recording(1000 * loud.samples, 16000)), 0.0, None, VideoConfig())
+
+
+@pytest.mark.parametrize("start, seconds", [(1e308, None), (float("inf"), None), (0.0, 1e308), (float("nan"), 1.0)])
+def test_stretches_that_no_recording_has(start, seconds):
+    with pytest.raises(ConfigError, match="seconds="):
+        expected_timeline(loudness_of(random_sound(32000, 16000)), start, seconds, VideoConfig())

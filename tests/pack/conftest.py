@@ -60,7 +60,8 @@ def start_comfy(extra_models):
 
     def start(*more: str) -> ComfyServer:
         arguments = ["--cpu", "--extra-model-paths-config", str(config), *more]
-        return ComfyServer(Path(comfyui), {PACK: ROOT}, arguments=arguments, environment=variables)
+        packs = {PACK: ROOT, "odd_values.py": Path(__file__).with_name("odd_values.py")}
+        return ComfyServer(Path(comfyui), packs, arguments=arguments, environment=variables)
 
     return start
 

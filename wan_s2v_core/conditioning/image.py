@@ -6,29 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..io.media import LARGEST_AREA_PX
+from ..io.pictures import decode_picture
 
 SIDE_LIMITS_PX = (16, 16384)
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """A picture file as H W 3, uint8: upright, transparency on black, grey as RGB.
+    """A picture file as H W 3, uint8: upright, in sRGB, transparency on black, grey as RGB, the first of several.
 
     Raises:
         ConfigError: if it is missing, no picture, or of an unreasonable size.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            check_sides(image.height, image.width, str(path))
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except FileNotFoundError as error:
-        raise ConfigError(f"the picture {path} is not there. Check the name and the folder.") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read as a picture ({error}). Use a PNG, JPEG or WebP file.") from error
-    flat = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright)
-    return torch.from_numpy(np.array(flat.convert("RGB")))
+    return decode_picture(path, lambda height, width: check_sides(height, width, shown(path)))
 
 
 def check_sides(height_px: int, width_px: int, origin: str) -> None:
@@ -38,6 +29,11 @@ def check_sides(height_px: int, width_px: int, origin: str) -> None:
         raise ConfigError(
             f"{origin} is {width_px}x{height_px} px; sides from {lowest} to {highest} px can be used. "
             "Resize the picture."
+        )
+    if height_px * width_px > LARGEST_AREA_PX:
+        raise ConfigError(
+            f"{origin} is {width_px}x{height_px} px, {height_px * width_px / 1e6:.0f} million pixels; up to "
+            f"{LARGEST_AREA_PX / 1e6:.0f} million can be used. Resize the picture."
         )
 
 

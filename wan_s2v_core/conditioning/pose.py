@@ -25,9 +25,11 @@ def pose_pixels(frames: Tensor, clip_frames: int, height_px: int, width_px: int)
     rows, columns = frames.shape[1:3]
     scale = max(height_px / rows, width_px / columns)
     size = (max(height_px, round(rows * scale)), max(width_px, round(columns * scale)))
-    scaled = F.interpolate(to_pixels(frames), size=size, mode="bilinear", antialias=True)  # T 3 H W
-    cropped = torch.stack([center_crop(frame.movedim(0, -1), height_px, width_px).movedim(-1, 0) for frame in scaled])
-    video = F.pad(cropped, (0, 0, 0, 0, 0, 0, 0, missing), value=-1.0).movedim(1, 0)[None]
+    fitted = torch.full((len(frames) + missing, 3, height_px, width_px), -1.0)
+    for frame, place in zip(frames, fitted, strict=False):  # one at a time: large frames in float take much memory
+        scaled = F.interpolate(to_pixels(frame)[None], size=size, mode="bilinear", antialias=True)[0]  # 3 H W
+        place.copy_(center_crop(scaled.movedim(0, -1), height_px, width_px).movedim(-1, 0))
+    video = fitted.movedim(1, 0)[None]
     return torch.cat([video[:, :, :1], video], dim=2)
 
 

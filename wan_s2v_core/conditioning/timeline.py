@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from ..config import VideoConfig
 from ..errors import ConfigError
 from ..geometry import ClipGeometry, ClipPlan
-from ..io.audio import SPEECH_HZ, Recording, check_recording
+from ..io.audio import SPEECH_HZ, Recording, check_peak, check_recording
 from ..model.audio_encoder import SPEECH_FEATURE_HZ
 from .audio import FEATURE_HZ
 from .bundle import make_plan
@@ -96,6 +96,10 @@ def expected_timeline(
     stretch = silence.cut(start_seconds, seconds)
     if stretch.seconds < 1:
         check_recording(stretch)
+    loudest = max(heard.between(start_seconds, stretch.seconds))
+    check_peak(loudest, "the recording")
+    if loudest > 1:  # a run makes it softer
+        heard = replace(heard, peaks=heard.peaks / loudest)
     geometry = ClipGeometry(video.clip_frames, video.motion_frames)
     plan = make_plan(stretch.seconds, feature_frames(stretch), video, geometry)
     return timeline(plan, video.fps, stretch.seconds, heard, start_seconds)

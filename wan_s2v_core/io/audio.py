@@ -1,35 +1,50 @@
-"""Sound files to waveforms, through PyAV; what reading of sound and of pictures shares lives here too.
+"""Sound files to waveforms, through PyAV."""
 
-PyAV is imported inside functions: it is slow to load, and a check of settings needs none of it.
-"""
-
-import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, ConfigError
+from ..errors import ConfigError, shown
+from .host_memory import free_ram_bytes
+from .media import CURE, LONGEST_PATH, best_stream, decoded_frames, import_av, open_media
+from .mixing import Mix
+from .outside import foreign_parser
 
 log = logging.getLogger(__name__)
 
 SPEECH_HZ = 16000
 SHORTEST_SPEECH_SAMPLES = 400
 """What wav2vec 2.0 needs for one feature: 25 ms at 16 kHz."""
+RATES_HZ = (4000, 768_000)
+"""Lowest and highest sample rate: below there is no speech, above no recorder."""
+MOST_CHANNELS = 64
+LARGEST_PEAK = 8.0
+"""Louder floats are numbers of another scale, such as those of 16-bit samples."""
+FAINT_PEAK = 1e-4
+"""-80 dBFS: below it nobody speaks."""
+LONGEST_SECONDS = 1_000_000.0
+"""Of a start or a length that is asked for, eleven days."""
+LONGEST_SILENCE_SECONDS = 3600.0
+"""That is put where a file says that its sound starts late or pauses."""
+SHORTEST_GAP_SECONDS = 0.2
+"""A shorter one is a rounded time stamp."""
+MEMORY_SHARE = 0.5
+"""Of the free host memory, that a recording may take."""
 RESAMPLER_BLOCK = 1 << 16
-LARGEST_SHORTFALL_SECONDS = 0.5
+GROWTH_BYTES = 1 << 26
 LARGEST_GAIN_DB = 60.0
 LEVEL_DBFS = -20.0
 """RMS over all channels that `Recording.levelled` brings a recording to: about what speech is recorded at."""
 PEAK_DBFS = -1.0
-INTEGER_SCALES = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
+INTEGER_SCALES = {"s16": 2.0**15, "s32": 2.0**31}
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Recording:
 
     samples: Tensor
     rate_hz: int
+    channels: tuple[str, ...] = ()
+    """FFmpeg's names of the channels (FL, FR, FC, LFE ...), none where they are not known."""
 
     @property
     def seconds(self) -> float:
@@ -57,10 +74,10 @@ class Recording:
                 "Start earlier, or use a longer recording."
             )
         stop = None if seconds is None else start + max(1, round(seconds * self.rate_hz))
-        return Recording(self.samples[:, start:stop], self.rate_hz)
+        return replace(self, samples=self.samples[:, start:stop])
 
     def amplified(self, gain_db: float) -> "Recording":
-        """The same, louder by `gain_db`, or softer below 0. What gets beyond full scale is kept, and logged.
+        """The same, louder by `gain_db`, or softer below 0. What gets beyond full scale is logged; a film limits it.
 
         Raises:
             ConfigError: if the gain is not from -60 to 60 dB.
@@ -73,25 +90,41 @@ class Recording:
             return self
         samples = self.samples * factor(gain_db)
         if beyond := int((samples.abs() > 1).sum()):
-            log.warning("%d of %d samples exceed full scale by gain_db=%g", beyond, samples.numel(), gain_db)
-        return Recording(samples, self.rate_hz)
+            log.warning(
+                "%d of %d samples exceed full scale by gain_db=%g and are limited in the video",
+                beyond, samples.numel(), gain_db,
+            )  # fmt: skip
+        return replace(self, samples=samples)
 
     def levelled(self) -> "Recording":
         """The same by one constant gain: RMS at -20 dBFS, or less where the peak would exceed -1 dBFS.
 
-        Plain RMS over all channels and pauses, not loudness as ITU-R BS.1770 weighs it. Silence stays as it is, and
-        near silence is raised by 60 dB at most.
+        Plain RMS over all channels and pauses, not loudness as ITU-R BS.1770 weighs it; of more than two channels it is
+        that of their mix. Silence stays as it is, and near silence is raised by 60 dB at most.
         """
-        samples = self.samples.double()
-        rms, peak = samples.square().mean().sqrt(), samples.abs().amax() if samples.numel() else 0.0
-        if not 0 < peak < math.inf:
+        mixed = self.mix.film().double()
+        rms = mixed.square().mean().sqrt()
+        peak = max(mixed.abs().amax(), self.samples.abs().amax()) if mixed.numel() else 0.0
+        if not (0 < peak < math.inf and rms > 0):
             return self
         gain = min(float(factor(LEVEL_DBFS) / rms), float(factor(PEAK_DBFS) / peak), factor(LARGEST_GAIN_DB))
-        return Recording((samples * gain).float(), self.rate_hz)
+        return replace(self, samples=(self.samples.double() * gain).float())
+
+    @cached_property
+    def mix(self) -> Mix:
+        """How its channels become those of a film and what the audio encoder hears."""
+        return Mix(self.samples.float(), self.channels, self.rate_hz)
+
+    def mixed(self) -> "Recording":
+        """The same with two channels at most."""
+        return Recording(self.mix.film(), self.rate_hz)
 
     def speech(self, rate_hz: int = SPEECH_HZ) -> Tensor:
-        """N: the mean of the channels at `rate_hz`, float32, N rounded to the nearest sample; sample 0 stays first."""
-        return resample(self.samples.float().mean(0, keepdim=True), self.rate_hz, rate_hz)[0]
+        """N: what is heard in one channel at `rate_hz`, float32, N rounded to the nearest sample; sample 0 stays first.
+
+        The mean of two channels; more are mixed by their places. Where channels cancel each other it is one of them.
+        """
+        return resample(self.mix.voice()[None], self.rate_hz, rate_hz)[0]
 
 
 def factor(db: float) -> float:
@@ -105,31 +138,50 @@ def check_stretch(start_seconds: float, seconds: float | None) -> None:
     Raises:
         ConfigError: if it starts before 0, or has no length.
     """
-    if not 0 <= start_seconds < math.inf:
+    if not 0 <= start_seconds <= LONGEST_SECONDS:
         raise ConfigError(
-            f"start_seconds={start_seconds:g} is no place in a recording. Use 0 for the start, or a later second."
+            f"start_seconds={shown(f'{start_seconds:g}')} is no place in a recording. Use 0 for the start, or a later "
+            f"second, up to {LONGEST_SECONDS:,.0f}."
         )
-    if seconds is not None and not 0 < seconds < math.inf:
+    if seconds is not None and not 0 < seconds <= LONGEST_SECONDS:
         raise ConfigError(
-            f"seconds={seconds:g} is no length of sound. Use more than 0, or leave it out to go on to the end."
+            f"seconds={shown(f'{seconds:g}')} is no length of sound. Use more than 0, up to {LONGEST_SECONDS:,.0f}, or "
+            "leave it out to go on to the end."
         )
 
 
-def check_recording(recording: Recording) -> None:
+def check_rate(rate_hz: int, origin: str) -> None:
+    """Raises ConfigError for a sample rate without speech, or that no recorder has."""
+    lowest, highest = RATES_HZ
+    if not lowest <= rate_hz <= highest:
+        raise ConfigError(
+            f"{origin} has rate_hz={shown(rate_hz)}, which is no sample rate of speech. From {lowest:,} to {highest:,} "
+            "samples per second are read: give the rate of the recording, or convert it."
+        )
+
+
+def check_peak(peak: float, origin: str) -> None:
+    """Raises ConfigError for floats of another scale."""
+    if peak > LARGEST_PEAK:
+        raise ConfigError(
+            f"{origin} has a peak of {peak:,.6g}; full scale is 1, and more than {LARGEST_PEAK:g} is no sound in that "
+            "scale. Divide it by the largest value of its kind (32768 for 16-bit samples, 2147483648 for 32-bit ones), "
+            "or export it as 16-bit wav."
+        )
+
+
+def check_recording(recording: Recording, largest_peak: float = LARGEST_PEAK) -> None:
     """Refuse a recording that no features can be computed from. Silence is allowed.
 
     Raises:
-        ConfigError: if its rate, shape, length or a sample is not usable.
+        ConfigError: if its rate, shape, length, peak or a sample is not usable.
     """
     samples, rate = recording.samples, recording.rate_hz
-    if rate <= 0:
-        raise ConfigError(
-            f"rate_hz={rate} is no sample rate. It is samples per second, above 0: give the rate of the recording."
-        )
-    if samples.ndim != 2 or not samples.numel():
+    check_rate(rate, "the recording")
+    if samples.ndim != 2 or not samples.numel() or len(samples) > MOST_CHANNELS:
         raise ConfigError(
             f"the recording has the shape {tuple(samples.shape)} and so no usable sample. "
-            "Channels by samples are expected, at least one of each: use another recording."
+            f"Channels by samples are expected, 1 to {MOST_CHANNELS} channels and a sample: use another recording."
         )
     if samples.shape[1] * SPEECH_HZ < SHORTEST_SPEECH_SAMPLES * rate:
         shortest = SHORTEST_SPEECH_SAMPLES / SPEECH_HZ
@@ -137,65 +189,137 @@ def check_recording(recording: Recording) -> None:
             f"the recording is {recording.seconds * 1000:.2f} ms long. wav2vec 2.0 needs {shortest * 1000:.0f} ms: "
             "use a longer recording, or pad it with silence."
         )
-    if broken := int((~torch.isfinite(samples)).sum()):
+    if not math.isfinite(peak := peak_of(samples)):
+        broken = int((~torch.isfinite(samples)).sum())
         raise ConfigError(
             f"{broken} of {samples.numel()} samples are infinite or not a number. Samples must be finite, "
             "full scale at -1 and 1: export the recording again, as 16-bit wav for example."
         )
+    if peak > largest_peak:
+        check_peak(peak, "the recording")
+
+
+def peak_of(samples: Tensor) -> float:
+    """The largest sample, without regard to its sign; not a number if one is not."""
+    if not samples.numel():
+        return 0.0
+    lowest, highest = samples.aminmax()
+    return float(torch.maximum(-lowest, highest))
+
+
+def as_voice(recording: Recording, origin: str) -> Recording:
+    """A recording that came from outside, ready to be heard: within full scale, and what is odd about it logged.
+
+    Raises:
+        ConfigError: if its peak says that its samples have another scale.
+    """
+    samples, peak = recording.samples, peak_of(recording.samples)
+    if not math.isfinite(peak):
+        return recording  # `check_recording` says how many
+    check_peak(peak, origin)
+    if peak > 1:
+        log.warning("%s exceeds full scale (peak %.3g) and is made softer by %.1f dB", origin, peak, decibels(peak))
+        recording = replace(recording, samples=samples / peak)
+    if peak < FAINT_PEAK:
+        level = f"peak {decibels(peak):.0f} dBFS" if peak else "all samples are 0"
+        log.warning("%s is silent (%s): lips will hardly move. Is it the right track?", origin, level)
+    elif note := recording.mix.note():
+        log.warning("%s: %s", origin, note)
+    return recording
+
+
+def decibels(factor: float) -> float:
+    """What multiplies amplitudes by `factor`, in dB."""
+    return 20 * math.log10(factor)
 
 
 def read_recording(path: str | Path, start_seconds: float = 0.0, seconds: float | None = None) -> Recording:
-    """Decode the first audio stream of a sound or video file.
+    """Decode the audio stream of a sound or video file that a player would take.
 
     A stream that starts later than its file begins with silence. A file that breaks off gives what came before,
-    and a warning. Only the asked stretch is kept in memory.
+    and a warning. Only the asked stretch is kept in memory. Sound beyond full scale is made softer.
 
     Raises:
-        ConfigError: if the file is missing, empty, without sound or not decodable, or the stretch lies outside.
+        ConfigError: if the file is missing, empty, without sound or not decodable, the stretch lies outside, or host
+            memory does not hold it.
     """
     path = Path(path)
+    name = shown(path, LONGEST_PATH)
     check_stretch(start_seconds, seconds)
-    kept: list[np.ndarray] = []
-    dropped = position = rate = 0
-    for block, rate in sound_blocks(path):
+    kept: _Growing | None = None
+    dropped, position, rate, names = 0, 0, 0, ()
+    for block, rate, names in _named_blocks(path):  # noqa: B007 (the last ones are used below)
         position += block.shape[1]
-        if not kept and position <= round(start_seconds * rate):
+        if kept is None and position <= round(start_seconds * rate):
             dropped = position
             continue
-        kept.append(block)
+        kept = kept or _Growing(len(block), name)
+        kept.add(block)
         if seconds is not None and position >= (start_seconds + seconds) * rate + 1:
             break
     if not position:
-        raise ConfigError(f"{path} holds an audio stream without a sample. Use a file with sound.")
-    if not kept:
+        raise ConfigError(f"{name} holds an audio stream without a sample. Use a file with sound.")
+    if kept is None:
         raise ConfigError(
-            f"start_seconds={start_seconds:g} lies at or behind the end of {path} ({position / rate:.3f} s). "
+            f"start_seconds={start_seconds:g} lies at or behind the end of {name} ({position / rate:.3f} s). "
             "Start earlier, or use a longer recording."
         )
-    samples = torch.from_numpy(np.concatenate(kept, axis=1))  # C N
     start = round(start_seconds * rate) - dropped
     stop = None if seconds is None else start + max(1, round(seconds * rate))
-    return Recording(samples[:, start:stop].contiguous(), rate)
+    return as_voice(Recording(kept.samples()[:, start:stop], rate, names), name)
+
+
+class _Growing:
+    """Samples that come block after block, held once: what grows is not copied.
+
+    Raises:
+        ConfigError: if they take more than their share of the host memory that was free at the start.
+    """
+
+    def __init__(self, channels: int, origin: str):
+        self.buffer, self.length, self.origin = np.zeros((0, channels), np.float32), 0, origin
+        self.most_bytes = MEMORY_SHARE * free_ram_bytes()
+
+    def add(self, block: np.ndarray) -> None:  # block: C N
+        end = self.length + block.shape[1]
+        if end > len(self.buffer):
+            rows = end + GROWTH_BYTES // (4 * len(block))
+            if 4 * rows * len(block) > self.most_bytes + GROWTH_BYTES:
+                raise ConfigError(
+                    f"{self.origin} takes more than {self.most_bytes / 1e9:.1f} GB of host memory as samples, half of "
+                    "what is free. Use a part of it, by its start and its length, or free some memory."
+                )
+            self.buffer.resize((rows, len(block)), refcheck=False)
+        self.buffer[self.length : end] = block.T
+        self.length = end
+
+    def samples(self) -> Tensor:
+        """C N."""
+        return torch.from_numpy(self.buffer[: self.length]).T
 
 
 def resample(samples: Tensor, rate_hz: int, new_rate_hz: int) -> Tensor:
     """C N at `rate_hz` -> C M at `new_rate_hz`, M = round(N * new / old), without delay (swr's windowed sinc)."""
     if rate_hz == new_rate_hz:
         return samples
-    length = round(samples.shape[1] * new_rate_hz / rate_hz)
-    channels = [_resample_channel(channel, rate_hz, new_rate_hz) for channel in samples.float().cpu().numpy()]
-    fitted = [np.pad(channel[:length], (0, max(0, length - len(channel)))) for channel in channels]
-    return torch.from_numpy(np.stack(fitted))
+    made = np.zeros((len(samples), round(samples.shape[1] * new_rate_hz / rate_hz)), np.float32)
+    for channel, out in zip(samples.float().cpu().numpy(), made, strict=True):
+        position = 0
+        for piece in _resampled(channel, rate_hz, new_rate_hz):
+            part = piece[: len(out) - position]
+            out[position : position + len(part)] = part
+            position += len(part)
+    return torch.from_numpy(made)
 
 
-def _resample_channel(samples: np.ndarray, rate_hz: int, new_rate_hz: int) -> np.ndarray:
-    av = import_av()
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=new_rate_hz)
-    pieces = []
+def _resampled(samples: np.ndarray, rate_hz: int, new_rate_hz: int) -> Iterator[np.ndarray]:
+    """N samples of one channel, piece after piece."""
+    resampler = import_av().AudioResampler(format="fltp", layout="mono", rate=new_rate_hz)
     for start in range(0, len(samples), RESAMPLER_BLOCK):
-        pieces += resampler.resample(sound_frame(samples[None, start : start + RESAMPLER_BLOCK], rate_hz))
-    pieces += resampler.resample(None)
-    return np.concatenate([np.zeros(0, np.float32), *(piece.to_ndarray()[0] for piece in pieces)])
+        for piece in resampler.resample(sound_frame(samples[None, start : start + RESAMPLER_BLOCK], rate_hz)):
+            yield piece.to_ndarray()[0]
+    for piece in resampler.resample(None):
+        yield piece.to_ndarray()[0]
 
 
 def sound_frame(samples: np.ndarray, rate_hz: int) -> Any:
@@ -213,151 +337,110 @@ def layout_name(channels: int) -> str:
 
 
 def sound_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """Decode the first audio stream piece by piece: (C N float32, rate in Hz), silence first where it starts late.
+    """Decode the audio stream that a player would take, piece by piece: (C N float32, rate in Hz).
+
+    Silence stands where the stream starts late or pauses. No piece is large.
 
     Raises:
         ConfigError: if the file is not usable, or changes its rate or channel count on the way.
     """
-    shape = None
+    for block, rate, _ in _named_blocks(path):
+        yield block, rate
+
+
+def _named_blocks(path: Path) -> Iterator[tuple[np.ndarray, int, tuple[str, ...]]]:
+    """The same with the names of the channels."""
+    shape, clock = None, _Clock(name := shown(path, LONGEST_PATH))
     with open_media(path) as container:
-        for frame in decoded_frames(container, first_stream(container, "audio", path), path):
-            block, rate = _float_samples(frame), frame.sample_rate
+        for frame in decoded_frames(container, best_stream(container, "audio", path), path):
+            rate = frame.sample_rate
+            if shape is None:
+                check_rate(rate, name)
+            with foreign_parser(path, CURE):
+                block, names, time = _float_samples(frame), channel_names(frame), frame.time
             if shape is None:
                 shape = (len(block), rate)
-                if late := round(_seconds_late(frame, container) * rate):
-                    yield np.zeros((len(block), late), np.float32), rate
+                pause = clock.start(time, (container.start_time or 0) / 1_000_000)  # AV_TIME_BASE
             elif shape != (len(block), rate):
                 raise ConfigError(
-                    f"{path} changes from {shape[0]} channels at {shape[1]} Hz to {len(block)} at {rate} Hz. "
+                    f"{name} changes from {shape[0]} channels at {shape[1]} Hz to {len(block)} at {rate} Hz. "
                     "One rate and channel count is needed throughout: export it again, as wav for example."
                 )
-            yield block, rate
+            else:
+                pause = clock.pause(time)
+            yield from ((part, rate, names) for part in _silence(len(block), round(pause * rate)))
+            clock.reached += block.shape[1] / rate
+            yield block, rate, names
+
+
+class _Clock:
+    """Where in a file the decoded sound stands, and what silence its time stamps ask for."""
+
+    def __init__(self, name: str):
+        self.name, self.reached, self.filled = name, 0.0, 0.0
+
+    def start(self, time: float | None, file_begin: float) -> float:
+        """Seconds that the file runs before the first frame. Starts below 0 are an encoder's run-in and count as 0.
+
+        Raises:
+            ConfigError: if these are too many.
+        """
+        self.reached = time or 0.0
+        late = max(0.0, self.reached - max(0.0, file_begin))
+        if late > LONGEST_SILENCE_SECONDS:
+            raise ConfigError(
+                f"the sound of {self.name} starts {late:,.0f} s after its file; up to {LONGEST_SILENCE_SECONDS:,.0f} s "
+                "of silence are put before it. Cut the file, or take its sound alone."
+            )
+        self.filled = late
+        return late
+
+    def pause(self, time: float | None) -> float:
+        """Seconds of silence before a later frame; jumps that nobody can have recorded are passed over, and logged."""
+        gap = 0.0 if time is None else time - self.reached
+        if gap < SHORTEST_GAP_SECONDS:
+            return 0.0
+        begin, self.reached = self.reached, time
+        if self.filled + gap > LONGEST_SILENCE_SECONDS:
+            log.warning("%s jumps from %.2f s to %.2f s; its sound goes on without a pause", self.name, begin, time)
+            return 0.0
+        log.warning("%s has no sound from %.2f s to %.2f s; silence stands there", self.name, begin, time)
+        self.filled += gap
+        return gap
+
+
+def _silence(channels: int, samples: int) -> Iterator[np.ndarray]:
+    """C N of zeros in pieces."""
+    for start in range(0, samples, RESAMPLER_BLOCK):
+        yield np.zeros((channels, min(RESAMPLER_BLOCK, samples - start)), np.float32)
+
+
+def channel_names(frame: Any) -> tuple[str, ...]:
+    """FFmpeg's names of the channels of a frame, none where it does not know them."""
+    names = tuple(channel.name for channel in frame.layout.channels)
+    return () if {"NONE", "UNSD", "UNK"} & set(names) else names
 
 
 def _float_samples(frame: Any) -> np.ndarray:
     """C N float32 of one decoded frame of any sample format."""
-    kind = frame.format.name.removesuffix("p")
-    if frame.format.is_planar and frame.layout.nb_channels > 8:
-        frame = _interleaved(frame, kind)
+    kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
+    if not 0 < channels <= MOST_CHANNELS:
+        raise ValueError(f"{channels} channels were found, 1 to {MOST_CHANNELS} are read")
+    if kind == "s64":  # PyAV gives no array of these
+        frame, kind = _in_one_plane(frame, "dbl"), "dbl"
+    elif frame.format.is_planar and channels > 8:  # it reads beyond the end of more than eight (14.0 and 18.1)
+        frame = _in_one_plane(frame, kind)
     samples = frame.to_ndarray()
     if not frame.format.is_planar:  # 1 (N C), channels interleaved
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
+        samples = samples.reshape(-1, channels).T
     if kind == "u8":
         return (samples.astype(np.float32) - 128) / 128
-    return (samples / INTEGER_SCALES.get(kind, 1.0)).astype(np.float32)
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are refused as such
+        return (samples / INTEGER_SCALES.get(kind, 1.0)).astype(np.float32)
 
 
-def _interleaved(frame: Any, kind: str) -> Any:
-    """The same samples in one plane: PyAV reads beyond the end of more than eight (seen in 14.0 and 18.1)."""
+def _in_one_plane(frame: Any, kind: str) -> Any:
+    """The same samples interleaved, as `kind`."""
     resampler = import_av().AudioResampler(format=kind, layout=frame.layout, rate=frame.sample_rate)
     (whole,) = resampler.resample(frame)
     return whole
-
-
-def _seconds_late(frame: Any, container: Any) -> float:
-    """How long the file runs before this first frame. Starts below 0 are an encoder's run-in and count as 0."""
-    begin = max(0.0, (container.start_time or 0) / 1_000_000)  # AV_TIME_BASE
-    return max(0.0, (frame.time or 0.0) - begin)
-
-
-def import_av() -> ModuleType:
-    """PyAV.
-
-    Raises:
-        BackendUnavailable: if it is not installed.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"package av cannot be imported ({error}). Sound and video files are read and written with it: "
-            "install it with 'pip install av'."
-        ) from error
-    return av
-
-
-@contextlib.contextmanager
-def open_media(path: Path) -> Iterator[Any]:
-    """Open a sound or video file for reading.
-
-    Raises:
-        ConfigError: if it is missing, empty, not readable or of no known format.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder. A sound or video file was expected: name a file inside it.")
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there. A sound or video file was expected; check the name and the folder.")
-    if not path.stat().st_size:
-        raise ConfigError(f"{path} is empty (0 bytes). The copy or download may have been cut short: fetch it again.")
-    av = import_av()
-    try:  # an absolute path cannot be mistaken for an address such as "take:1.wav"
-        container = av.open(str(path.absolute()), metadata_errors="replace")
-    except av.error.PermissionError as error:
-        raise ConfigError(f"{path} may not be read by this user. Change its permissions, or copy it.") from error
-    except av.error.FFmpegError as error:
-        raise ConfigError(
-            f"{path} cannot be opened as sound or video: {error.strerror}. "
-            "Use a complete file of a known kind, such as wav, mp3 or mp4."
-        ) from error
-    with container:
-        yield container
-
-
-def first_stream(container: Any, kind: str, path: Path) -> Any:
-    """The first stream of `kind` ("audio" or "video") that can be decoded here.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    streams = [stream for stream in container.streams if stream.type == kind]
-    if not streams:
-        found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
-        raise ConfigError(f"{path} has no {kind} stream (streams found: {found}). Use a file with one.")
-    for stream in streams:
-        if stream.codec_context is not None:
-            return stream
-    raise ConfigError(f"{path} has {kind} of a kind that this PyAV cannot decode. Convert it, to wav or mp4 say.")
-
-
-def decoded_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
-    """Frames of one stream up to its end, or to where the file breaks (logged).
-
-    Packets that cannot be decoded are skipped at the start, where some files carry leftovers of other formats.
-
-    Raises:
-        ConfigError: if nothing can be decoded.
-    """
-    av = import_av()
-    stream.thread_type = "AUTO"
-    packets, kept, broken = container.demux(stream), 0.0, None
-    while True:
-        try:  # after an error of its own, `packets` is used up and the next turn ends the loop
-            packet = next(packets, None)
-            frames = [] if packet is None else packet.decode()
-        except av.error.FFmpegError as error:
-            broken = error
-            if kept:
-                log.warning("%s breaks off (%s); the %.2f s before that are used", path, error.strerror, kept)
-                return
-            continue
-        if packet is None:
-            break
-        for frame in frames:
-            kept += _duration(frame, stream)
-            yield frame
-    if broken and not kept:
-        raise ConfigError(
-            f"{path} has {stream.type} that cannot be decoded: {broken.strerror}. "
-            "The file may be damaged: fetch it again, or convert it."
-        )
-    announced = float(stream.duration * stream.time_base) if stream.duration else 0.0
-    if announced > kept + LARGEST_SHORTFALL_SECONDS:  # a damaged file may just end, without an error
-        log.warning(
-            "%s announces %.2f s of %s and ends early; the %.2f s it has are used", path, announced, stream.type, kept
-        )
-
-
-def _duration(frame: Any, stream: Any) -> float:
-    if stream.type == "audio":
-        return frame.samples / frame.sample_rate
-    return float(1 / (stream.average_rate or 25))

@@ -19,19 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, ConfigError
-from .audio import (
-    Recording,
-    check_recording,
-    decoded_frames,
-    first_stream,
-    import_av,
-    layout_name,
-    open_media,
-    resample,
-    sound_blocks,
-    sound_frame,
-)
+from ..errors import BackendUnavailable, ConfigError, shown
+from .audio import Recording, check_recording, layout_name, resample, sound_blocks, sound_frame
+from .display import picture_of, shown_size
+from .media import CURE, best_stream, decoded_frames, import_av, open_media
+from .outside import foreign_parser
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +36,8 @@ TIE_SECONDS = 1e-5
 """Closer than this two pictures count as equally near to a moment."""
 BT709, LIMITED_RANGE = 1, 1
 """Numbers of ITU-T H.273 for the colour tags, and FFmpeg's for the range."""
+LARGEST_DRIVING_AREA_PX = 9_000_000
+"""Frames of a driving video that are larger than 4K are read smaller: a clip holds 80 and more of them."""
 PLAIN_COLOURS = ("rgb", "bgr", "gbr", "gray", "pal")
 """Starts of pixel format names that hold no YUV and so need no matrix."""
 
@@ -156,7 +150,7 @@ class VideoWriter:
         check_target(self.path, preset)
         _check_size(width_px, height_px, preset)
         if recording is not None:
-            check_recording(recording)
+            check_recording(recording, math.inf)
         self.sound = _fitting_sound(recording, self.preset) if recording is not None else None
         self.frames = self.sound_samples = 0
         self._partial = self.path.with_name(f".{self.path.stem[:80]}.{secrets.token_hex(4)}.part")
@@ -239,7 +233,8 @@ class VideoWriter:
         if self.sound is None or count <= 0:
             return
         samples = self.sound.samples[:, self.sound_samples : stop].numpy()  # C N
-        frame = sound_frame(np.pad(samples, ((0, 0), (0, count - samples.shape[1]))), self.sound.rate_hz)
+        limited = np.nan_to_num(samples.clip(-1, 1))  # encoders may hang on what lies far beyond full scale
+        frame = sound_frame(np.pad(limited, ((0, 0), (0, count - samples.shape[1]))), self.sound.rate_hz)
         frame.pts, frame.time_base = self.sound_samples, Fraction(1, self.sound.rate_hz)
         self._container.mux(self._voice.encode(frame))
         self.sound_samples = stop
@@ -281,6 +276,8 @@ class VideoWriter:
             ) from error
         except (av.error.FFmpegError, OSError) as error:
             raise ConfigError(_refusal(self.path, error.errno, error.strerror)) from error
+        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # PyAV's own checks
+            raise ConfigError(_refusal(self.path, None, shown(error))) from error
 
 
 def _refusal(path: Path, number: int | None, reason: str | None) -> str:
@@ -338,11 +335,12 @@ def _check_size(width_px: int, height_px: int, name: str) -> None:
 
 def _fitting_sound(recording: Recording, preset: VideoPreset) -> Recording:
     """The recording at a rate and with channels that the encoder takes."""
-    samples, rate = recording.samples.float().cpu(), preset.sound_rate(recording.rate_hz)
-    if len(samples) > preset.most_channels:
-        log.warning("%d channels are mixed into one; %s takes %d", len(samples), preset.suffix, preset.most_channels)
-        samples = samples.mean(0, keepdim=True)
-    return Recording(resample(samples, recording.rate_hz, rate), rate)
+    channels, rate = len(recording.samples), preset.sound_rate(recording.rate_hz)
+    if channels > preset.most_channels:
+        recording = recording.mixed()
+        mixed = len(recording.samples)
+        log.warning("%d channels are mixed into %d; %s takes %d", channels, mixed, preset.suffix, preset.most_channels)
+    return Recording(resample(recording.samples.float().cpu(), recording.rate_hz, rate), rate)
 
 
 def _is_yuv(pixel_format: str) -> bool:
@@ -353,8 +351,8 @@ def read_frames(path: str | Path, fps: float | Fraction, start_frame: int, frame
     """Frames of a driving video on our clock: T H W 3 uint8 RGB, T <= `frames`, fewer where the video ends.
 
     Frame k is the last source picture whose time stamp, counted from the first one, is at most k / fps plus half a
-    source frame: the nearest picture, as long as k / fps lies before the end of the last one. Upright turns stored in
-    the file are applied where PyAV tells them (newer than 14.0). Decodes from the start and keeps what was asked for.
+    source frame: the nearest picture, as long as k / fps lies before the end of the last one. Pictures are as a player
+    shows them. Decodes from the start and keeps what was asked for.
 
     Raises:
         ConfigError: if the file is missing, has no video or cannot be decoded, or a number makes no sense.
@@ -391,18 +389,21 @@ class DrivingVideo:
 
 def _pictures_on_clock(path: Path, rate: Fraction, start_frame: int) -> Iterator[Tensor]:
     """H W 3 uint8 for frame after frame of our clock, as long as the video lasts."""
-    index = start_frame
+    index, size = start_frame, None
     with open_media(path) as container:
-        for frame, until in _shown_frames(container, path):
-            picture = _rgb_picture(frame) if index / rate < until else None
+        stream = best_stream(container, "video", path)
+        shape = float(stream.sample_aspect_ratio or 1)
+        for frame, until in _shown_frames(container, stream, path):
+            # Some videos change their size on the way; all frames take that of the first.
+            size = size or shown_size(frame.width, frame.height, shape, LARGEST_DRIVING_AREA_PX)
+            picture = _as_shown(frame, stream, path, size) if index / rate < until else None
             while index / rate < until:
                 yield picture
                 index += 1
 
 
-def _shown_frames(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
+def _shown_frames(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any, float]]:
     """Decoded pictures, each with the second before which it is the one to use, counted from the first picture."""
-    stream = first_stream(container, "video", path)
     source_frame = float(1 / (stream.average_rate or 25))
     shown, begin = None, 0.0
     for frame, time in timed_frames(container, stream, path):
@@ -420,8 +421,9 @@ def frames_of(path: str | Path) -> Iterator[tuple[Tensor, float]]:
     """
     path = Path(path)
     with open_media(path) as container:
-        for frame, time in timed_frames(container, first_stream(container, "video", path), path):
-            yield _rgb_picture(frame), time
+        stream = best_stream(container, "video", path)
+        for frame, time in timed_frames(container, stream, path):
+            yield _as_shown(frame, stream, path), time
 
 
 def timed_frames(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any, float]]:
@@ -440,13 +442,10 @@ def timed_frames(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any,
         raise ConfigError(f"{path} holds a video stream without a picture. Use a complete file.")
 
 
-def _rgb_picture(frame: Any) -> Tensor:
-    """H W 3 uint8 of one decoded frame, turned upright."""
-    turns = getattr(frame, "rotation", 0) // 90  # counterclockwise; PyAV 14.0 does not tell
-    matrix, other = ("ITU709", "ITU601") if frame.colorspace == BT709 else ("ITU601", "ITU709")
-    # RGB has no matrix, but PyAV 14.0 applies that of the source only where the two differ.
-    picture = frame.reformat(format="rgb24", src_colorspace=matrix, dst_colorspace=other)
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture.to_ndarray(), turns)))
+def _as_shown(frame: Any, stream: Any, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """H W 3 uint8 of one decoded frame."""
+    with foreign_parser(path, CURE):
+        return picture_of(frame, size, float(stream.sample_aspect_ratio or 1))
 
 
 def read_header(path: str | Path) -> VideoHeader:
@@ -457,7 +456,7 @@ def read_header(path: str | Path) -> VideoHeader:
     """
     path = Path(path)
     with open_media(path) as container:
-        stream = first_stream(container, "video", path)
+        stream = best_stream(container, "video", path)
         has_sound = any(other.type == "audio" for other in container.streams)
         tags = {name.lower(): text for name, text in container.metadata.items()}
         return VideoHeader(float(stream.average_rate or 25), has_sound, tags)
@@ -471,7 +470,7 @@ def probe_video(path: str | Path) -> VideoFacts:
     """
     path = Path(path)
     with open_media(path) as container:
-        stream = first_stream(container, "video", path)
+        stream = best_stream(container, "video", path)
         has_sound = any(other.type == "audio" for other in container.streams)
         fps = float(stream.average_rate or 25)
         frames = 0

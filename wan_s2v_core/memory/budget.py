@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..config import AUTO, LOCKED, MemoryLimits, OffloadPlan, S2VModelConfig
 from ..errors import OutOfMemory
@@ -293,22 +292,3 @@ def tighter(room: Room, planned: Planned) -> Room:
     """The room for the next plan, where this one did not fit after all."""
     taken = planned.bytes if room.device_bytes is None else min(room.device_bytes, planned.bytes)
     return replace(room, device_bytes=round(TIGHTER * taken))
-
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what a container may use."""
-
-
-def free_ram_bytes() -> int:
-    """Main memory that can be taken without anything being swapped out."""
-    import psutil  # comes with accelerate
-
-    free = psutil.virtual_memory().available
-    try:
-        most, now = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free
-    if not most.isdigit():
-        return free
-    return min(free, int(most) - int(now) + int(held.get("inactive_file", 0)))

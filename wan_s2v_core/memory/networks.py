@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..config import AUTO, AccelerationPlan, MemoryLimits, S2VModelConfig
+from ..io.host_memory import free_ram_bytes
 from ..io.weights import Weights
 from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
 from ..model.loading import OnTensor, find_part, load, set_types
 from .activations import ForwardWay
-from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes, free_ram_bytes
+from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes
 from .placement import Check, Placement
 from .vae_room import VaeWay
 
