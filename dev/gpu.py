@@ -68,11 +68,15 @@ class Ground:
     on_cpu: bool = False
     is_tiny: bool = False
     only: str = ""
-    """Of settings, the cases whose names hold one of these words."""
+    """Words with commas between them: cases whose names hold none of them are left out."""
     blocks: int = 0
     """Of the DiT of the checkpoint; 0: as many as there is room for."""
     minutes: float = MINUTES
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def wants(self, case: str) -> bool:
+        words = [word for word in self.only.split(",") if word]
+        return not words or any(word in case for word in words)
 
     @property
     def server_arguments(self) -> tuple[str, ...]:
@@ -123,6 +127,8 @@ class Report:
     def run(self, case: str, work: Callable[[], dict[str, Any] | None]) -> bool:
         """Do the work of one case; whatever it raises is its error. What it returns are its figures, of which `status`
         and `error` say how it went."""
+        if not self.ground.wants(case):
+            return True
         if not self.has_time:
             self.add(case, RED, 0, f"left out: {self.ground.minutes:g} minutes are over")
             return False
@@ -195,7 +201,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / ".gpu", help="folder for the checkpoint (default .gpu)")
     parser.add_argument("--blocks", type=int, default=0, help="of the checkpoint's DiT; 40 is the real one")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for each part (default %(default)s)")
-    parser.add_argument("--only", default="", metavar="WORD[,WORD]", help="of settings, cases with one of these words")
+    parser.add_argument("--only", default="", metavar="WORD[,WORD]", help="cases with one of these words alone")
     parser.add_argument("--commit", help="to record, where the checkout has no git history")
     parser.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)

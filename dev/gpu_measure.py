@@ -99,6 +99,7 @@ class Measured:
     stages: dict[str, float] = field(default_factory=dict)
     """Most GPU memory in each, in GB."""
     anonymous_gb: float | None = None
+    anonymous_after_gb: float | None = None
     gpu_gb: float | None = None
     crossings: list[tuple[float, float]] = field(default_factory=list)
     """(time, GB) of weights."""
@@ -134,6 +135,7 @@ class Measured:
             "gpu_gb": self.gpu_gb,
             "gpu_gb_by_stage": self.stages,
             "anonymous_gb": self.anonymous_gb,
+            "anonymous_after_gb": self.anonymous_after_gb,
             "weights_crossed": self.crossed(0, float("inf")),
         }
 
@@ -173,12 +175,22 @@ class WatchedServer:
         measured = Measured(run, began, began_at, steps, begins)
         measured.gpu_gb = most(self.samples.gpu, began, ended)
         measured.anonymous_gb = most(self.samples.anonymous, began, ended)
+        measured.anonymous_after_gb = self._anonymous_gb()
         marks = stage_marks(run, measured)
         for (name, start), (_, end) in zip(marks, [*marks[1:], ("", run.seconds)], strict=True):
             if (found := most(self.samples.gpu, began + start, began + end)) is not None:
                 measured.stages[name] = max(found, measured.stages.get(name, 0))
         measured.crossings = self._crossings(began_at, time.time())
         return measured
+
+    def _anonymous_gb(self) -> float | None:
+        """Of the server now, with what the kernel keeps count of by mapping."""
+        try:
+            rollup = Path(f"/proc/{self.server.process.pid}/smaps_rollup").read_text()
+        except OSError:
+            return None
+        found = re.search(r"Anonymous:\s+(\d+) kB", rollup)
+        return round(int(found[1]) * 1024 / GB, 2) if found else None
 
     def _crossings(self, begin: float, end: float) -> list[tuple[float, float]]:
         path = self.server.output / "gpu_watch.jsonl"

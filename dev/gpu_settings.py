@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 WORKERS = 4
+CASE_SECONDS, CPU_SECONDS = 120, 900
 SIZE, TINY_SIZE = 512, 64
 VOICE, TEXT, CONDITIONING, SAMPLE, SAVE = "3", "4", "5", "6", "7"
 """Numbers of the demo's nodes."""
@@ -363,7 +364,8 @@ def at_step(number: str, value: int) -> Callable[[str, dict, Run], bool]:
 
 def cancels() -> Iterator[Case]:
     """While each stage is at work: by the node that begins, or the bar of the sampler and of the saving."""
-    longer = {f"{VOICE}__seconds": 0.0, f"{SAMPLE}__steps": 4}
+    short = {f"{VOICE}__seconds": 0.0, f"{CONDITIONING}__max_clips": 1}
+    longer = {f"{SAMPLE}__steps": 4}
     for name, stop in {
         "the voice": at_node(VOICE),
         "the text": at_node(TEXT),
@@ -374,7 +376,8 @@ def cancels() -> Iterator[Case]:
         "the second clip": at_step(SAMPLE, 6),
         "the video is saved": at_step(SAVE, 8),
     }.items():
-        yield Case(f"cancel: {name}", lambda bench: bench.prompt(**longer), interrupt=stop)
+        changes = short if name in ("the voice", "the text") else longer
+        yield Case(f"cancel: {name}", lambda bench, changes=changes: bench.prompt(**changes), interrupt=stop)
 
 
 # --- running them --------------------------------------------------------------------------------------------------
@@ -389,6 +392,11 @@ class Jobs:
     files: Path
     waiting: "queue.Queue[Case]" = field(default_factory=queue.Queue)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def seconds(self) -> float:
+        """That a case may take."""
+        return CPU_SECONDS if self.ground.on_cpu else CASE_SECONDS
 
     def work(self) -> None:
         """Take cases until there are none; one server serves those without flags."""
@@ -438,7 +446,7 @@ class Jobs:
         self.add(case, time.monotonic() - began, found)
 
     def looked_at(self, case: Case, bench: Bench) -> dict[str, Any]:
-        run = bench.client.run(case.change(bench), timeout=120)
+        run = bench.client.run(case.change(bench), timeout=self.seconds)
         return (case.check or Bench.look)(bench, run)
 
     def cancelled(self, case: Case, bench: Bench) -> dict[str, Any]:
@@ -450,9 +458,9 @@ class Jobs:
                 asked.append(time.monotonic())
                 bench.client.interrupt(run.prompt_id)
 
-        run = bench.client.run(copy.deepcopy(prompt), timeout=120, on_event=stop)
+        run = bench.client.run(copy.deepcopy(prompt), timeout=self.seconds, on_event=stop)
         took = time.monotonic() - asked[0] if asked else 0.0
-        again = bench.look(bench.client.run(prompt, timeout=120))
+        again = bench.look(bench.client.run(prompt, timeout=self.seconds))
         if again:
             return again | {"error": f"after a cancel: {again['error']}"}
         if not asked or run.status not in ("interrupted", "success") or took > 5:
@@ -477,8 +485,7 @@ def run(ground: Ground, report: Report) -> None:
     with jobs.server() as server:
         schemas = server.client.object_info()
     cases = [*flags(), *previews(), *settings(schemas), *presets(schemas), *inputs(), *cancels()]
-    words = [word for word in ground.only.split(",") if word]
-    chosen = [case for case in cases if not words or any(word in case.name for word in words)]
+    chosen = [case for case in cases if ground.wants(case.name)]
     for case in chosen:
         jobs.waiting.put(case)
     workers = [threading.Thread(target=jobs.work) for _ in range(1 if ground.is_tiny else WORKERS)]

@@ -10,7 +10,9 @@ WIDE = {"width": 400, "height": 64, "seconds": 2.0, "precision": "float32", "for
 
 
 @pytest.fixture(scope="module")
-def gpu(comfy):
+def gpu(comfy, device):
+    if device != "cpu":
+        pytest.skip("the CPU stands for a GPU here, and this server has one")
     packs = {**comfy.packs, "gpu_rules.py": Path(__file__).with_name("gpu_rules.py")}
     with ComfyServer(comfy.comfyui, packs, arguments=comfy.arguments, environment=comfy.environment) as server:
         assert server.import_problems() == []
