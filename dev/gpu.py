@@ -196,7 +196,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python3 dev/run.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "table", []], help="tests, settings and real by default")
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, "table", []], metavar="PART", help="tests, settings and real by default"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for the JSON files (default gpu)")
     parser.add_argument("--work", type=Path, default=ROOT / ".gpu", help="folder for the checkpoint (default .gpu)")
     parser.add_argument("--blocks", type=int, default=0, help="of the checkpoint's DiT; 40 is the real one")

@@ -18,28 +18,29 @@ CORE_GB = 10.0
 SMALL_GB = 40
 """Of a GPU on which both do not fit."""
 STEPS = 2
-WITHOUT_DYNAMIC = "--disable-dynamic-vram"
+DYNAMIC, WITHOUT_DYNAMIC = "--enable-dynamic-vram", "--disable-dynamic-vram"
+DYNAMIC_LINE = "DynamicVRAM support detected"
+"""In the log, where the packages that it needs are there."""
 MOST_CROSSING_GB = 1.0
 """Of weights that cross again though nothing had to leave: what is no weight, or is small."""
 
 
 def run(ground: Ground, report: Report) -> None:
     folder = checkpoint(ground, report)
-    has_dynamic = WITHOUT_DYNAMIC in help_of(ground)
-    if not has_dynamic:
-        report.add("dynamic VRAM", ELSEWHERE, 0, f"ComfyUI {ground.facts['comfyui']} has no {WITHOUT_DYNAMIC}")
-    for flags in ((), (WITHOUT_DYNAMIC,)) if has_dynamic else ((),):
-        name = "without dynamic VRAM" if flags else "as it starts"
+    known = help_of(ground)
+    ways = [(flag,) for flag in (DYNAMIC, WITHOUT_DYNAMIC) if flag in known] or [()]
+    for flags in ways:
         for size in (None, SMALL_GB):
+            name = f"{f'GPU of {size} GB' if size else 'room for both'} {' '.join(flags)}".strip()
             try:
                 with watched_server(ground, *flags, gigabytes=size) as watched:
                     offer(watched, folder)
-                    where = f"GPU of {size} GB" if size else "room for both"
-                    report.run(f"{where}, {name}", lambda w=watched, s=size: turns(w, ground, fit=s is None))
+                    if DYNAMIC in flags and DYNAMIC_LINE not in watched.server.log(2000):
+                        report.add(name, ELSEWHERE, 0, "the server says that it cannot: comfy-aimdo does not work here")
+                        continue
+                    report.run(name, lambda w=watched, s=size: turns(w, ground, fit=s is None))
             except Exception as error:  # the server did not start: the next one may
-                report.add(
-                    f"server {name}, {size or 'all'} GB", RED, report.seconds, f"{type(error).__name__}: {error}"
-                )
+                report.add(name, RED, report.seconds, f"{type(error).__name__}: {error}")
 
 
 def help_of(ground: Ground) -> str:

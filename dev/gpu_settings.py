@@ -364,8 +364,14 @@ def at_step(number: str, value: int) -> Callable[[str, dict, Run], bool]:
 
 def cancels() -> Iterator[Case]:
     """While each stage is at work: by the node that begins, or the bar of the sampler and of the saving."""
-    short = {f"{VOICE}__seconds": 0.0, f"{CONDITIONING}__max_clips": 1}
-    longer = {f"{SAMPLE}__steps": 4}
+
+    def anew(bench: Bench, is_long_voice: bool) -> Prompt:
+        """Nothing of it comes out of ComfyUI's cache."""
+        number = next_seed()
+        changes = {f"{VOICE}__start_seconds": number / 1000, f"{TEXT}__prompt": f"A person talks, take {number}."}
+        changes |= {f"{VOICE}__seconds": 0.0, f"{CONDITIONING}__max_clips": 1} if is_long_voice else {}
+        return bench.prompt(**changes, **{f"{SAMPLE}__steps": 4})
+
     for name, stop in {
         "the voice": at_node(VOICE),
         "the text": at_node(TEXT),
@@ -376,8 +382,8 @@ def cancels() -> Iterator[Case]:
         "the second clip": at_step(SAMPLE, 6),
         "the video is saved": at_step(SAVE, 8),
     }.items():
-        changes = short if name in ("the voice", "the text") else longer
-        yield Case(f"cancel: {name}", lambda bench, changes=changes: bench.prompt(**changes), interrupt=stop)
+        is_long = name in ("the voice", "the text")
+        yield Case(f"cancel: {name}", lambda bench, is_long=is_long: anew(bench, is_long), interrupt=stop)
 
 
 # --- running them --------------------------------------------------------------------------------------------------

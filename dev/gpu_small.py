@@ -30,11 +30,9 @@ def below(watched: WatchedServer, ground: Ground, size: float, profile: str) -> 
     """A clip whose every stage must stay below so many GB, as the driver sees it."""
     prompt = prompt_of(ground, SIZE_480, 1, steps=STEPS, seed=round(size) + (profile == "auto"))
     given = {"profile": profile, "vram_limit_gb": float(size), "resident_blocks": -1, "slice_tokens": -1}
-    given |= {"vae_tile": -1, "weights": "auto", "model": prompt["6"]["inputs"]["model"]}
-    prompt["memory"] = {"class_type": "WanS2VMemory", "inputs": given}
-    for node in prompt.values():
-        if node["class_type"] == SAMPLER:
-            node["inputs"]["model"] = ["memory", 0]
+    (sampler,) = [node["inputs"] for node in prompt.values() if node["class_type"] == SAMPLER]
+    given |= {"vae_tile": -1, "weights": "auto", "model": sampler["model"]}
+    prompt["memory"], sampler["model"] = {"class_type": "WanS2VMemory", "inputs": given}, ["memory", 0]
     found = outcome(watched, watched.run(prompt))
     above = {stage: peak for stage, peak in found["gpu_gb_by_stage"].items() if peak > size}
     if found["status"] == OK and above:

@@ -1,6 +1,7 @@
 """dev/run.py gpu, as far as a CPU shows it: its cases, its report, and two of its parts with tiny networks."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ def command(comfy, tmp_path):
     def run(*arguments: str) -> tuple[int, dict[str, dict]]:
         words = [sys.executable, ROOT / "dev" / "run.py", "gpu", *arguments, "--cpu", "--tiny"]
         words += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
-        variables = {**comfy.environment, "COMFYUI_PATH": str(comfy.comfyui), "PATH": "/usr/bin:/bin"}
+        variables = {**os.environ, **comfy.environment, "COMFYUI_PATH": str(comfy.comfyui)}
         done = subprocess.run(words, capture_output=True, text=True, env=variables)
         print(done.stdout, done.stderr)
         files = (tmp_path / "out").glob("gpu_*.json")
