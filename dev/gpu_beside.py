@@ -33,7 +33,7 @@ def run(ground: Ground, report: Report) -> None:
         for size in (None, SMALL_GB):
             name = f"{f'GPU of {size} GB' if size else 'room for both'} {' '.join(flags)}".strip()
             try:
-                with watched_server(ground, *flags, gigabytes=size) as watched:
+                with watched_server(ground, *flags, gigabytes=size, looks_small=True) as watched:
                     offer(watched, folder)
                     if DYNAMIC in flags and DYNAMIC_LINE not in watched.server.log(2000):
                         report.add(name, ELSEWHERE, 0, "the server says that it cannot: comfy-aimdo does not work here")

@@ -218,14 +218,17 @@ def stage_marks(run: Run, measured: Measured) -> list[tuple[str, float]]:
 
 
 @contextlib.contextmanager
-def watched_server(ground: Ground, *arguments: str, gigabytes: float | None = None) -> Iterator[WatchedServer]:
+def watched_server(
+    ground: Ground, *arguments: str, gigabytes: float | None = None, looks_small: bool = False
+) -> Iterator[WatchedServer]:
     """A server with the pack, the watching nodes and the checkpoint of the ground.
 
     Args:
-        gigabytes: as if the GPU had so many.
+        gigabytes: what the server may take of the GPU.
+        looks_small: whether the GPU seems to have no more, to all in the server.
     """
     packs = {"wan_s2v": ROOT, "gpu_watch.py": ROOT / "dev" / "gpu_watch.py"}
-    variables = {"GPU_GB": str(gigabytes)} if gigabytes else {}
+    variables = {"GPU_GB": str(gigabytes), "GPU_LOOKS_SMALL": "1" if looks_small else ""} if gigabytes else {}
     options = {"arguments": (*ground.server_arguments, *arguments), "environment": variables}
     with ComfyServer(ground.comfyui, packs, **options) as server:
         watched = WatchedServer(server)

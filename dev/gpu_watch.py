@@ -2,7 +2,8 @@
 has another model of the size that is asked for.
 
 Lines of gpu_watch.jsonl in the output folder: {"at": seconds since 1970, "bytes": of one tensor that crossed}.
-GPU_GB, a variable, is the size that the GPU is to have: torch then takes no more, and says that there is no more.
+Of the variables GPU_GB is how much this process may take of the GPU. With GPU_LOOKS_SMALL the whole GPU has no more, as
+far as torch says.
 """
 
 import json
@@ -54,25 +55,31 @@ def copy(self, source, *args, **options):
     return result
 
 
-def shrink(size: float) -> None:
-    """Let the GPU have so many bytes, what this process holds beside torch's allocator included."""
+def cap(size: float) -> None:
+    """Let torch take so many bytes, less what the process holds beside its allocator."""
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(max(0.001, (size - (total - free)) / total))
+
+
+def look_small(size: float) -> None:
+    """Say that the GPU has so many bytes."""
     plain_info = torch.cuda.mem_get_info
-    free, total = plain_info()
-    held = total - free
-    torch.cuda.set_per_process_memory_fraction(max(0.001, (size - held) / total))
 
     def mem_get_info(device=None):
         free, total = plain_info(device)
         return max(0, min(free, int(size) - (total - free))), int(size)
 
     torch.cuda.mem_get_info = mem_get_info
+    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0
     manager.total_vram = size / (1 << 20)
 
 
 if torch.cuda.is_available():
     torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cuda = to, copy, cuda
     if os.environ.get("GPU_GB"):
-        shrink(float(os.environ["GPU_GB"]) * 1e9)
+        cap(bytes_there := float(os.environ["GPU_GB"]) * 1e9)
+        if os.environ.get("GPU_LOOKS_SMALL"):
+            look_small(bytes_there)
 
 
 class CoreModel:

@@ -252,6 +252,7 @@ def answers() -> dict[str, Any]:
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_name": lambda device=None: "pretended GPU",
         "mem_get_info": lambda device=None: (FREE_BYTES, TOTAL_BYTES),
+        "get_per_process_memory_fraction": lambda device=None: 1.0,
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,

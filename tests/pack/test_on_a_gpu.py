@@ -19,7 +19,9 @@ def gpu(comfy, device):
         yield server
 
 
-@pytest.mark.parametrize("changes", [{}, {"offload": False, "audio_guidance_scale": 2.0, "colour_match": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"offload": "always", "audio_guidance_scale": 2.0, "colour_match": 1.0}], ids=str
+)
 def test_a_prompt_on_a_gpu(changes, gpu, graph, add_node, write_film, comfy, watch, new_seed):
     """Clips, their small films, previews, pictures and sound for other nodes, and the video."""
     name = write_film("driving.mp4")
