@@ -6,6 +6,7 @@ with ComfyServer(comfyui, {"wan_s2v": root}) as server:
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -165,7 +166,24 @@ class ComfyServer:
             "--database-url": f"sqlite:///{self.base / 'user' / 'comfyui.db'}",  # else it lies in ComfyUI's own folder
         }
         pairs = [str(part) for pair in options.items() for part in pair]
-        return [sys.executable, "main.py", *pairs, "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
+        return [
+            sys.executable,
+            "main.py",
+            *pairs,
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            *self._page(),
+            *self.arguments,
+        ]
+
+    def _page(self) -> list[str]:
+        """ComfyUI does not start without a page. Where its package is not installed, an empty one serves the API."""
+        if "--front-end-root" in self.arguments or importlib.util.find_spec("comfyui_frontend_package"):
+            return []
+        folder = self.base / "page"
+        folder.mkdir(exist_ok=True)
+        (folder / "index.html").write_text("no page here", encoding="utf-8")
+        return ["--front-end-root", str(folder)]
 
     def _variables(self) -> dict[str, str]:
         no_proxy = [value for value in (os.environ.get("NO_PROXY"), "127.0.0.1", "localhost") if value]

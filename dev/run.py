@@ -5,11 +5,14 @@
     python3 dev/run.py serve [--port 8188]          ComfyUI with these nodes, to try in a browser
     python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests, those of the nodes in a real ComfyUI
                                                     and, where Chromium is found, in its page
+    python3 dev/run.py gpu [PART ...] [--out DIR]   what only a GPU shows: tests, all settings, a run of real size
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
 it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy, serve
 and test; the other commands do without.
+gpu takes the Python that it is called with, and sets nothing up, where COMFYUI_PATH names a ComfyUI and that Python has
+a torch with CUDA.
 """
 
 import os
@@ -61,6 +64,24 @@ def test(arguments: list[str], page: dict[str, str]) -> int:
     return min(codes)
 
 
+def brings_its_own(arguments: list[str]) -> bool:
+    """Whether the Python that runs has all that the GPU's parts need: a ComfyUI, and a torch that sees the GPU."""
+    needed = "True" if "--cpu" in arguments else "torch.cuda.is_available()"
+    ask = f"import sys, torch; sys.exit(not {needed})"
+    has_comfyui = (Path(os.environ.get("COMFYUI_PATH", "")) / "main.py").is_file()
+    return has_comfyui and subprocess.run([sys.executable, "-c", ask], capture_output=True).returncode == 0
+
+
+def gpu(arguments: list[str]) -> int:
+    """All that only a GPU shows, with the Python that has what it takes."""
+    script = ROOT / "dev" / "gpu.py"
+    if brings_its_own(arguments):
+        return run(sys.executable, script, *arguments, folder=Path.cwd())
+    set_up_comfyui()
+    comfyui = os.environ.get("COMFYUI_PATH") or str(COMFYUI)
+    return run(PYTHON, script, *arguments, folder=Path.cwd(), COMFYUI_PATH=comfyui)
+
+
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
@@ -70,6 +91,8 @@ def main() -> int:
         comfy_demo.parse(sys.argv[1:])  # mistakes are told before anything is installed
     page = {}
     try:
+        if command == "gpu":
+            return gpu(arguments)
         set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test") else set_up_core()
         if command == "test":
             page = set_up_page()

@@ -389,7 +389,9 @@ class S2VPipeline:
                     set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
                 set_routing(model, routing or ExpertRouting())
                 take_load(model)
-                yield clip_denoiser(model, inputs, negative_text, config)
+                denoiser = clip_denoiser(model, inputs, negative_text, config)
+                log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
+                yield denoiser
                 self.expert_load += take_load(model)
 
         names = (DIT,) if config.noise_boundary is None else (DIT, LOW_NOISE_DIT)

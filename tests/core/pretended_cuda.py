@@ -40,6 +40,8 @@ BYTES_ALONE = frozenset((
     "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
 ))  # fmt: skip
 """Those that CUDA has for uint8 besides floating point."""
+ACROSS = ("copy_", "_has_compatible_shallow_copy_type")
+"""Which take tensors of both devices."""
 INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 """Whose indices may lie on the CPU."""
 FACTORIES = (torch.as_tensor, torch.asarray)
@@ -99,7 +101,7 @@ class Operations(TorchDispatchMode):
         if self.is_moving or not any(map(lies_on_gpu, given)):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        if name == "copy_":  # from one device to the other, as it is meant
+        if name in ACROSS:
             return func(*args, **kwargs)
         refuse_mixed(name, list(tensors_in(args[:1], args[2:])) if name in INDEXING else given)
         refuse_integers(name, given)
@@ -250,6 +252,7 @@ def answers() -> dict[str, Any]:
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_name": lambda device=None: "pretended GPU",
         "mem_get_info": lambda device=None: (FREE_BYTES, TOTAL_BYTES),
+        "get_per_process_memory_fraction": lambda device=None: 1.0,
         "memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,

@@ -1,7 +1,8 @@
 """Fixtures of the nodes' tests: one real ComfyUI for all of them, with this pack linked in.
 
 python3 dev/run.py test sets COMFYUI_PATH and REQUIRE_COMFYUI. Without the first one there is nothing to test against;
-the second turns the skip into a failure, so that CI is never green on nothing.
+the second turns the skip into a failure, so that CI is never green on nothing. COMFYUI_DEVICE=gpu, which
+python3 dev/run.py gpu sets, lets the servers run on this machine's GPU; tests ask the fixture `device` where they run.
 """
 
 import copy
@@ -59,7 +60,8 @@ def start_comfy(extra_models):
     variables = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 
     def start(*more: str) -> ComfyServer:
-        arguments = ["--cpu", "--extra-model-paths-config", str(config), *more]
+        device = [] if os.environ.get("COMFYUI_DEVICE") == "gpu" else ["--cpu"]
+        arguments = [*device, "--extra-model-paths-config", str(config), *more]
         packs = {PACK: ROOT, "odd_values.py": Path(__file__).with_name("odd_values.py")}
         return ComfyServer(Path(comfyui), packs, arguments=arguments, environment=variables)
 
@@ -72,6 +74,12 @@ def comfy(start_comfy):
     with start_comfy() as server:
         assert server.import_problems() == []
         yield server
+
+
+@pytest.fixture(scope="session")
+def device(comfy) -> str:
+    """The kind of device that the server computes on: cpu, or cuda."""
+    return comfy.client.get("/system_stats")["devices"][0]["type"]
 
 
 @pytest.fixture(scope="session")

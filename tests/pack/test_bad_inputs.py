@@ -95,7 +95,7 @@ OURS = {
         "the models for high and low noise differ in",
     ),
     "experts that are split again": ({"split_experts": 4}, "has 8 experts already. Leave it at 0"),
-    "attention that does not run here": (speed(attention="hopper"), "'hopper' cannot be used: it needs an NVIDIA card"),
+    "attention that does not run here": (speed(attention="sage"), "'sage' cannot be used: "),
     "attention of no name": (speed(attention="warp"), "attention='warp' is not known. Use one of: auto, auto8, "),
     "share of attention is no number": (speed(sparse_keep=NAN), "sparse_keep=nan"),
     "share of attention by nothing": (speed(sparse_by="luck"), "sparse_by='luck'"),

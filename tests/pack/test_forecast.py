@@ -44,10 +44,15 @@ def by_stage(answer: dict) -> dict[str, dict]:
     return {stage["stage"]: stage for stage in answer["stages"]}
 
 
-def test_without_a_card(comfy):
+def test_where_the_server_computes(comfy, device):
     answer = asking(comfy)(checkpoint=EMBEDDED)
-    assert answer["device"] is None and [stage["stage"] for stage in answer["stages"]] == STAGES
+    assert [stage["stage"] for stage in answer["stages"]] == STAGES
+    assert (answer["device"] is None) == (device == "cpu")
     for stage in answer["stages"]:
+        if device != "cpu":
+            assert stage["error"] is None and 0 < stage["peak_bytes"] < stage["room_bytes"]
+            assert stage["line"].startswith(f"{stage['peak_bytes'] / 1e9:.1f} GB")
+            continue
         assert stage["line"].startswith("in main memory") and stage["error"] is None
         assert stage["peak_bytes"] is stage["room_bytes"] is None
 

@@ -1,6 +1,7 @@
 """How a model is made faster: the plan of Wan S2V Speed reaches the sampler, and leaves nothing behind."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,10 @@ PLAN = {
 }
 BIG = {"width": 192, "height": 192, "steps": 2, "format": "lossless-mkv", "keep_clips": True}
 """More than a few tiles of tokens, or there is nothing to leave out."""
+
+
+ROUNDING = 2
+"""Of 255, on the average: by which two exact ways of attention may differ on a GPU, in bfloat16."""
 
 
 def faster(**changes) -> dict:
@@ -39,20 +44,22 @@ def made(run, graph, comfy, watch):
     return make
 
 
-def test_a_plan_holds_for_its_graph_alone(made, comfy, new_seed):
+def test_a_plan_holds_for_its_graph_alone(made, comfy, device, new_seed):
     """Attention that leaves something out changes the pictures; the same network then makes the plain ones again."""
     seed = new_seed()
     made(seed=new_seed())
     loaded = comfy.log().count("tensors as")
     sparse, ended, settings = made(seed=seed, **faster(sparse_keep=0.3))
     speed = next(number for number, node in ended.prompt.items() if node["class_type"] == "WanS2VSpeed")
-    assert [text for node, text in ended.texts if node == speed] == ["attention: sdpa, 30% of it (lossy)"]
+    (told,) = [text for node, text in ended.texts if node == speed]
+    assert re.fullmatch(rf"attention: {'sdpa' if device == 'cpu' else '[a-z0-9]+'}, 30% of it \(lossy\)", told), told
     assert settings["acceleration"] == PLAN | {"sparse_keep": 0.3}
     near, *_ = made(seed=seed, **faster(sparse_keep=0.3, sparse_by="distance"))
     exact, ended, settings = made(seed=seed, **faster(attention="sdpa"))
     assert [text for _, text in ended.texts if text.startswith("attention")] == ["attention: sdpa (exact)"]
     assert settings["acceleration"]["attention"] == "sdpa"
     plain, *_ = made(seed=seed)
-    assert np.array_equal(exact, plain), "exact attention, without what the runs before had attached"
+    difference = np.abs(exact.astype(int) - plain).mean()
+    assert difference <= (0 if device == "cpu" else ROUNDING), "without what the runs before had attached"
     assert not np.array_equal(sparse, plain) and not np.array_equal(near, plain) and not np.array_equal(near, sparse)
     assert comfy.log().count("tensors as") == loaded, "all of them share one network"

@@ -213,7 +213,7 @@ def test_expert_settings_apply_where_there_are_experts(is_dense, graph, film, de
 
 
 def test_a_pair_of_models_gives_the_video_of_the_command_line(
-    own, graph, film, comfy, inputs, dense_checkpoint, second_checkpoint, new_seed, watch, tmp_path
+    own, graph, film, comfy, device, inputs, dense_checkpoint, second_checkpoint, new_seed, watch, tmp_path
 ):
     """A step on each side of the boundary; with both on one side it is that model's video."""
     folders, sources = comfy.base / "models" / "diffusion_models", comfy.base / "input"
@@ -229,7 +229,7 @@ def test_a_pair_of_models_gives_the_video_of_the_command_line(
         "ckpt_dir": folders / "Dense", "noise_expert": folders / "Second", "noise_boundary": 0.9,
         "audio": sources / inputs["LoadAudio"]["audio"], "audio_seconds": 1.0,
         "image": sources / inputs["LoadImage"]["image"], "prompt": prompt, "size": "64*64", "infer_frames": 20,
-        "sample_steps": 2, "sample_guide_scale": 2.0, "base_seed": seed, "device": "cpu",
+        "sample_steps": 2, "sample_guide_scale": 2.0, "base_seed": seed, "device": device,
         "save_file": tmp_path / "pair.mkv",
     }  # fmt: skip
     command = [sys.executable, "-m", "wan_s2v_core", "generate"]
