@@ -1,5 +1,6 @@
 """Socket types of our own, and ComfyUI's values as ours and back."""
 
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -28,6 +29,13 @@ S2VVae = io.Custom("WAN_S2V_VAE")
 S2VVoice = io.Custom("WAN_S2V_VOICE")
 S2VConditioningSocket = io.Custom("WAN_S2V_CONDITIONING")
 S2VClips = io.Custom("WAN_S2V_CLIPS")
+
+KNOWS_ALIASES = "search_aliases" in inspect.signature(io.Schema).parameters
+
+
+def found_by(*words: str) -> dict[str, list[str]]:
+    """An argument of io.Schema: other words that find a node in the menu. Older versions of ComfyUI have none."""
+    return {"search_aliases": list(words)} if KNOWS_ALIASES else {}
 
 
 def check_link(name: str, value: Any, kind: type) -> None:

@@ -90,6 +90,11 @@ def test_nodes_stand_together_in_the_menu(schemas, pack_nodes):
     assert all(schemas[node]["display_name"].startswith("Wan S2V ") for node in pack_nodes)
 
 
+def test_other_words_find_the_node_where_comfyui_knows_such(schemas):
+    asked = "search_aliases" in schemas["LoadImage"]
+    assert ("lip sync" in (schemas["WanS2VTalkingVideo"].get("search_aliases") or ())) == asked
+
+
 def test_web_files_are_served(comfy):
     """ComfyUI serves WEB_DIRECTORY under the name of the pack."""
     folder = ROOT / "web"
@@ -131,7 +136,7 @@ def test_workflows_name_only_what_is_there(path, schemas):
             if isinstance(value, list):
                 source, output = value
                 assert schemas[prompt[source]["class_type"]]["output"][output] == kind, f"node {number}, {name}"
-            elif kind == "COMBO" and name not in FILES:
+            elif kind == "COMBO" and name not in FILES and not any(option.endswith("_upload") for option in options):
                 assert value in options["options"], f"node {number}, {name}"
             elif kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"], f"node {number}, {name}"

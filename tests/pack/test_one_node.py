@@ -163,6 +163,33 @@ def test_mistakes_are_told_before_anything_is_sampled(mistake, make, run):
     assert ended.errors[0]["node_id"] == NODE and not parts_of(ended)
 
 
+def test_links_out_of_the_input_folder_are_refused_where_comfyui_does(make, run, comfy, tmp_path, write_picture):
+    """Older versions follow them, and so do we; newer ones fail in Load Image, which for us would be after the start."""
+    (comfy.base / "input" / write_picture("moved_away.png")).rename(tmp_path / "picture.png")
+    (comfy.base / "input" / "link.png").symlink_to(tmp_path / "picture.png")
+    loader = {"1": {"class_type": "LoadImage", "inputs": {"image": "link.png"}}}
+    core = run(loader | {"2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
+    ours = run(make(picture="link.png"), interrupt_on_progress=1)
+    if core.status == "success":
+        assert ours.status == "interrupted", (ours.errors, ours.node_errors)
+    else:
+        told = ours.node_errors[NODE]["errors"][0]["details"]
+        assert core.status == ours.status == "rejected" and "'link.png' is a link out of ComfyUI's input folder" in told
+
+
+def test_links_out_of_the_output_folder_are_refused_where_comfyui_does(make, run, comfy, tmp_path):
+    (comfy.output / "elsewhere_on_disk").symlink_to(tmp_path)
+    picture = {"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}}
+    saved = {"images": ["1", 0], "filename_prefix": "elsewhere_on_disk/a"}
+    core = run(picture | {"2": {"class_type": "SaveImage", "inputs": saved}})
+    ours = run(make(filename_prefix="elsewhere_on_disk/a"), interrupt_on_progress=1)
+    if core.status == "success":
+        assert ours.status == "interrupted", (ours.errors, ours.node_errors)
+    else:
+        told = ours.node_errors[NODE]["errors"][0]["details"]
+        assert ours.status == "rejected" and "goes through a link out of ComfyUI's output folder" in told
+
+
 def test_a_file_that_another_node_names_is_checked_when_it_runs(make, run, add_node):
     prompt = make()
     name = add_node(prompt, "PrimitiveString", value="../../outside.png")
