@@ -6,10 +6,12 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from comfy_client import HttpError
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("nodes.json")
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 KEPT_OPTIONS = ("default", "min", "max", "step", "options", "multiline", "dynamicPrompts", "control_after_generate")
 FILES = ("checkpoint", "name", "picture", "voice", "file")
 """Inputs whose options are the files that happen to be there."""
@@ -113,6 +115,21 @@ def test_workflows_are_served_as_templates(comfy):
     assert {path.stem for path in (ROOT / "workflows").glob("*.jpg")} == set(listed), "each has its picture there"
     for path in (path for path in (ROOT / "workflows").iterdir() if path.suffix in (".json", ".jpg")):
         assert comfy.client.request(f"/api/workflow_templates/wan_s2v/{path.name}") == path.read_bytes()
+
+
+def test_blueprints_are_in_the_node_library(comfy, schemas):
+    """Where ComfyUI has one: older versions know no such address."""
+    try:
+        listed = comfy.client.get("/global_subgraphs")
+    except HttpError as error:
+        assert error.status == 404
+        return
+    ours = {number: entry for number, entry in listed.items() if entry["info"]["node_pack"] == "custom_nodes.wan_s2v"}
+    assert sorted(entry["name"] for entry in ours.values()) == [path.stem for path in BLUEPRINTS]
+    for number in ours:
+        graph = json.loads(comfy.client.get(f"/global_subgraphs/{number}")["data"])
+        (inside,) = graph["definitions"]["subgraphs"]
+        assert {node["type"] for node in inside["nodes"]} <= schemas.keys()
 
 
 def test_every_graph_is_small_and_has_a_prompt():
