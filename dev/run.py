@@ -5,14 +5,15 @@
     python3 dev/run.py serve [--port 8188]          ComfyUI with these nodes, to try in a browser
     python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests, those of the nodes in a real ComfyUI
                                                     and, where Chromium is found, in its page
+    python3 dev/run.py newer [PYTEST ARGUMENTS]     the tests of the nodes in a newer ComfyUI
     python3 dev/run.py gpu [PART ...] [--out DIR]   what only a GPU shows: tests, all settings, a run of real size
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
-it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy, serve
-and test; the other commands do without.
-gpu takes the Python that it is called with, and sets nothing up, where COMFYUI_PATH names a ComfyUI and that Python has
-a torch with CUDA.
+it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy,
+serve, test, newer and gpu; the other commands do without. COMFYUI_PATH=FOLDER lets test and gpu use any checkout of
+ComfyUI: what that one asks for is put into an environment of its own. gpu takes the Python that it is called with, and
+sets nothing up, where COMFYUI_PATH is given and that Python has a torch that sees the GPU.
 """
 
 import os
@@ -22,14 +23,11 @@ import sys
 from pathlib import Path
 
 import comfy_demo
-from environment import COMFYUI, PYTHON, ROOT, set_up_comfyui, set_up_core, set_up_page
+from environment import COMFYUI, PYTHON, ROOT, SetUpFailed, python_for, set_up_core, set_up_newer_comfyui, set_up_page
 
 SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
 """For all tests: two files at a time, each with its own ComfyUI where it needs one."""
-SUITES: dict[str, dict[str, str]] = {
-    "tests/core": {},
-    "tests/pack": {"COMFYUI_PATH": str(COMFYUI), "REQUIRE_COMFYUI": "1"},
-}
+CORE, PACK = "tests/core", "tests/pack"
 NO_TESTS_CHOSEN = 5
 """pytest's exit code when its arguments choose nothing in a folder."""
 
@@ -42,23 +40,27 @@ def run(*command: str | Path, folder: Path = ROOT, **variables: str) -> int:
         return process.wait()
 
 
-def test(arguments: list[str], page: dict[str, str]) -> int:
-    """Style, then the suites; arguments that name a file or folder of one suite leave out the other.
-
-    Args:
-        page: variables for the tests in a browser.
-    """
+def test(arguments: list[str], comfyui: Path) -> int:
+    """Style, then both suites; arguments that name a file or folder of one suite leave out the other."""
     for style in (["check"], ["format", "--check"]):
         if code := run(PYTHON, "-m", "ruff", *style):
             return code
+    return test_suites((CORE, PACK), arguments, comfyui)
+
+
+def test_suites(suites: tuple[str, ...], arguments: list[str], comfyui: Path) -> int:
+    """Run suites of tests, those of the nodes in the ComfyUI of a folder."""
+    pack = {"COMFYUI_PATH": str(comfyui), "REQUIRE_COMFYUI": "1"}
+    settings = {CORE: (PYTHON, {}), PACK: (python_for(comfyui), pack | set_up_page())}
     codes = []
-    for suite, variables in SUITES.items():
-        named = [argument for argument in arguments if argument.startswith(tuple(SUITES))]
+    for suite in suites:
+        python, variables = settings[suite]
+        named = [argument for argument in arguments if argument.startswith((CORE, PACK))]
         if named and not any(argument.startswith(suite) for argument in named):
             continue
         chosen = [argument for argument in arguments if argument not in named or argument.startswith(suite)]
         how = chosen if arguments else SIDE_BY_SIDE
-        codes.append(run(PYTHON, "-m", "pytest", *(() if named else (suite,)), *how, **variables, **page))
+        codes.append(run(python, "-m", "pytest", *(() if named else (suite,)), *how, **variables))
         if codes[-1] and not (arguments and codes[-1] == NO_TESTS_CHOSEN):
             return codes[-1]
     return min(codes)
@@ -77,9 +79,28 @@ def gpu(arguments: list[str]) -> int:
     script = ROOT / "dev" / "gpu.py"
     if brings_its_own(arguments):
         return run(sys.executable, script, *arguments, folder=Path.cwd())
-    set_up_comfyui()
-    comfyui = os.environ.get("COMFYUI_PATH") or str(COMFYUI)
-    return run(PYTHON, script, *arguments, folder=Path.cwd(), COMFYUI_PATH=comfyui)
+    set_up_core()
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or COMFYUI).resolve()
+    return run(python_for(comfyui), script, *arguments, folder=Path.cwd(), COMFYUI_PATH=str(comfyui))
+
+
+def start(command: str, arguments: list[str]) -> int:
+    """Set up what a command needs, and run it.
+
+    Raises:
+        SetUpFailed, CalledProcessError: if that cannot be had.
+    """
+    if command == "gpu":
+        return gpu(arguments)
+    set_up_core()
+    if command == "test":
+        return test(arguments, Path(os.environ.get("COMFYUI_PATH") or COMFYUI).resolve())
+    if command == "newer":
+        return test_suites((PACK,), arguments, set_up_newer_comfyui())
+    if command in comfy_demo.COMMANDS:
+        python_for(COMFYUI)
+        return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
+    return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)
 
 
 def main() -> int:
@@ -89,22 +110,14 @@ def main() -> int:
     command, arguments = sys.argv[1], sys.argv[2:]
     if command in comfy_demo.COMMANDS:
         comfy_demo.parse(sys.argv[1:])  # mistakes are told before anything is installed
-    page = {}
     try:
-        if command == "gpu":
-            return gpu(arguments)
-        set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test") else set_up_core()
-        if command == "test":
-            page = set_up_page()
+        return start(command, arguments)
+    except SetUpFailed as error:
+        print(f"error: {error}", file=sys.stderr)
     except subprocess.CalledProcessError as error:
         print(f"error: setting up .venv failed in {' '.join(map(str, error.cmd))}", file=sys.stderr)
         print("It needs venv (on Debian and Ubuntu: apt install python3-venv) and a package index.", file=sys.stderr)
-        return 1
-    if command == "test":
-        return test(arguments, page)
-    if command in comfy_demo.COMMANDS:
-        return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
-    return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)
+    return 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..wan_s2v_core.acceleration.attention.registry import AUTO_8, BACKENDS, CHOICES
 from ..wan_s2v_core.config import AUTO, SPARSE_CHOICES, VAE_WAYS, AccelerationPlan, check_choice
 from . import bridge
-from .sockets import S2VModel, check_link
+from .sockets import S2VModel, check_link, found_by
 
 CATEGORY = "WanS2V/speed"
 USUAL = AccelerationPlan()
@@ -27,6 +27,9 @@ class Speed(io.ComfyNode):
             node_id="WanS2VSpeed",
             display_name="Wan S2V Speed",
             category=CATEGORY,
+            **found_by(
+                "attention backend", "SageAttention", "sparse attention", "torch compile", "feature cache", "加速"
+            ),
             description="How the model and the VAE are made faster, between the loader and Wan S2V Sample. As it "
             "comes it is what runs without this node: the same up to rounding. What is lossy says so. It shows which "
             "attention ran.",

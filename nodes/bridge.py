@@ -30,6 +30,7 @@ from ..wan_s2v_core.config import ALWAYS, DEMO, AccelerationPlan, MemoryLimits, 
 from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
 from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
+from ..wan_s2v_core.io.outside import inside
 from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
 from ..wan_s2v_core.memory.placement import Placement
@@ -93,20 +94,41 @@ def input_choices(*kinds: str) -> list[str]:
     return [*sorted(folder_paths.filter_files_content_types(names, list(kinds))), DEMO]
 
 
-def find_input(name: str) -> Path:
-    """A file by the name that ComfyUI's loaders know it by, such as face.png or sub/face.png [output].
-
-    Raises:
-        ConfigError: if it is not there, or not in ComfyUI's input, output or temp folder.
+def input_path(name: str) -> Path | None:
+    """Where ComfyUI's loaders look for a file by the name that they know it by, such as face.png or sub/face.png
+    [output]; None where they refuse to: outside of its input, output and temp folders, and in newer versions also
+    through a link out of them.
     """
     bare, root = folder_paths.annotated_filepath(str(name))
-    root = os.path.abspath(root or folder_paths.get_input_directory())
-    path = os.path.abspath(os.path.join(root, bare))
-    if not path.startswith(root + os.sep) or not os.path.isfile(path):
+    path = inside(root or folder_paths.get_input_directory(), bare)
+    try:
+        if path:
+            folder_paths.get_annotated_filepath(str(name))
+    except ValueError:
+        return None
+    return path
+
+
+def find_input(name: str) -> Path:
+    """A file that ComfyUI's loaders will read.
+
+    Raises:
+        ConfigError: if it is not there, or `input_path` has none.
+    """
+    path = input_path(name)
+    if path and os.path.isfile(path):
+        return path
+    bare, root = folder_paths.annotated_filepath(str(name))
+    folder = Path(root or folder_paths.get_input_directory())
+    found = inside(folder, bare)
+    if path is None and found and os.path.isfile(found):
         raise ConfigError(
-            f"{name!r} is no file in ComfyUI's {Path(root).name} folder. Upload it there, press R and choose it again."
+            f"'{shown(name)}' is a link out of ComfyUI's {folder.name} folder, which this ComfyUI does not follow. "
+            "Copy the file itself there."
         )
-    return Path(path)
+    raise ConfigError(
+        f"'{shown(name)}' is no file in ComfyUI's {folder.name} folder. Upload it there, press R and choose it again."
+    )
 
 
 def find_model(kind: str, name: Any) -> ModelRecipe:
@@ -511,12 +533,23 @@ def let_go(clips: StoredClips) -> None:
 
 def check_prefix(prefix: str) -> None:
     """Raises ConfigError if a file name prefix leads out of ComfyUI's output folder or names no file."""
-    root = os.path.abspath(folder_paths.get_output_directory())
-    inside = os.path.abspath(os.path.join(root, prefix)).startswith(root + os.sep)
-    if "\0" in prefix or not inside or not Path(prefix).name.strip(". "):
+    path = inside(folder_paths.get_output_directory(), prefix)
+    if path is None or not Path(prefix).name.strip(". "):
         raise ConfigError(
-            f"filename_prefix={prefix!r} leads out of ComfyUI's output folder. Use a name such as video/talk."
+            f"filename_prefix='{shown(prefix)}' leads out of ComfyUI's output folder. Use a name such as video/talk."
         )
+    if not is_followed(path.parent):
+        raise ConfigError(
+            f"filename_prefix='{shown(prefix)}' goes through a link out of ComfyUI's output folder, which this ComfyUI "
+            "does not follow. Use another folder, or start ComfyUI with --output-directory."
+        )
+
+
+def is_followed(folder: Path) -> bool:
+    """Whether ComfyUI saves into a folder that is inside its output folder by name: newer versions follow no links out
+    of it."""
+    within = getattr(folder_paths, "is_within_directory", None)
+    return within is None or within(folder_paths.get_output_directory(), str(folder))
 
 
 @contextlib.contextmanager

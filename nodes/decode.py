@@ -12,7 +12,7 @@ from ..wan_s2v_core.io.clip_store import StoredClips
 from ..wan_s2v_core.io.video import DEFAULT_PRESET, video_preset, video_presets
 from ..wan_s2v_core.render import write_video
 from . import bridge
-from .sockets import S2VClips, audio_of, check_link
+from .sockets import S2VClips, audio_of, check_link, found_by
 
 CATEGORY = "WanS2V/video"
 BYTES_PER_VALUE = 4
@@ -25,6 +25,7 @@ class DecodeClips(io.ComfyNode):
             node_id="WanS2VDecode",
             display_name="Wan S2V Decode",
             category=CATEGORY,
+            **found_by("VAE decode", "frames"),
             description="All frames and the sound for other nodes. Holds the whole video in main memory, so it is for "
             "short ones; Wan S2V Save Video writes any length.",
             inputs=[S2VClips.Input("clips")],
@@ -59,6 +60,7 @@ class SaveVideo(io.ComfyNode):
             node_id="WanS2VSaveVideo",
             display_name="Wan S2V Save Video",
             category=CATEGORY,
+            **found_by("save mp4", "export video"),
             description="Writes clip after clip with the sound into one file in ComfyUI's output folder, holding one "
             "clip in memory. The file carries the workflow: drop it on the canvas.",
             inputs=[

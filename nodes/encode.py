@@ -17,6 +17,7 @@ from .sockets import (
     S2VTextEncoder,
     S2VVoice,
     check_link,
+    found_by,
     picture_of,
     pose_of,
     text_of,
@@ -36,6 +37,7 @@ class EncodeAudio(io.ComfyNode):
             node_id="WanS2VEncodeAudio",
             display_name="Wan S2V Encode Audio",
             category=CATEGORY,
+            **found_by("audio encoder", "wav2vec", "speech encoder"),
             description="What the audio encoder hears in a recording. Any rate, channel count and length.",
             inputs=[
                 S2VAudioEncoder.Input("audio_encoder"),
@@ -115,6 +117,7 @@ class EncodeText(io.ComfyNode):
             node_id="WanS2VEncodeText",
             display_name="Wan S2V Encode Text",
             category=CATEGORY,
+            **found_by("prompt", "text encoder", "umT5", "CLIP text encode"),
             description="Prompt and negative prompt as umT5 embeddings. ComfyUI's CLIP Text Encode with umT5 does too.",
             inputs=[
                 S2VTextEncoder.Input("text_encoder"),
@@ -168,6 +171,7 @@ class Conditioning(io.ComfyNode):
             node_id="WanS2VConditioning",
             display_name="Wan S2V Conditioning",
             category=CATEGORY,
+            **found_by("WanSoundImageToVideo", "pose video", "driving video", "reference image"),
             description="Brings voice, prompt, picture and driving video to one size and clock, and plans as many "
             "clips as the sound needs.",
             inputs=[

@@ -7,7 +7,7 @@ from ..wan_s2v_core.conditioning.image import read_picture
 from ..wan_s2v_core.io.audio import read_recording
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from . import bridge
-from .sockets import S2VAudioEncoder, S2VModel, S2VTextEncoder, S2VVae, audio_of
+from .sockets import S2VAudioEncoder, S2VModel, S2VTextEncoder, S2VVae, audio_of, found_by
 
 CATEGORY = "WanS2V/loaders"
 
@@ -19,6 +19,7 @@ class LoadCheckpoint(io.ComfyNode):
             node_id="WanS2VLoadCheckpoint",
             display_name="Wan S2V Load Checkpoint",
             category=CATEGORY,
+            **found_by("Wan2.2-S2V-14B", "checkpoint loader"),
             description="All four networks from one folder in the official layout of Wan2.2-S2V-14B, or the embedded "
             "demo. An official folder is any folder in models/diffusion_models, at any depth, that holds config.json.",
             inputs=[

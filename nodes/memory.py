@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..wan_s2v_core.config import AUTO, WEIGHT_PLACES
 from . import bridge
 from .limits import DECIDED, MEMORY_NODE, PROFILES, limits_of
-from .sockets import S2VModel, check_link
+from .sockets import S2VModel, check_link, found_by
 
 CATEGORY = "WanS2V/memory"
 
@@ -17,6 +17,7 @@ class Memory(io.ComfyNode):
             node_id=MEMORY_NODE,
             display_name="Wan S2V Memory",
             category=CATEGORY,
+            **found_by("block swap", "offload", "low VRAM", "out of memory", "显存"),
             description="How every stage of a run fits into a GPU, between the loader and Wan S2V Sample. Without this "
             "node, and as it comes, it is decided by what is free. Results are the same up to rounding, whatever is "
             "chosen here.",

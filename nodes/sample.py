@@ -27,7 +27,7 @@ from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_key
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
 from . import bridge
 from .clip_films import ClipFilms
-from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link
+from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by
 
 CATEGORY = "WanS2V/sampling"
 AnyChoice = io.Custom("COMBO")
@@ -72,6 +72,7 @@ class Sample(io.ComfyNode):
             node_id="WanS2VSample",
             display_name="Wan S2V Sample",
             category=CATEGORY,
+            **found_by("sampler", "KSampler", "speech to video"),
             description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
             f"output/{bridge.CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
             inputs=[

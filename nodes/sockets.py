@@ -1,5 +1,6 @@
 """Socket types of our own, and ComfyUI's values as ours and back."""
 
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -32,6 +33,13 @@ S2VVoice = io.Custom("WAN_S2V_VOICE")
 S2VConditioningSocket = io.Custom("WAN_S2V_CONDITIONING")
 S2VClips = io.Custom("WAN_S2V_CLIPS")
 
+KNOWS_ALIASES = "search_aliases" in inspect.signature(io.Schema).parameters
+
+
+def found_by(*words: str) -> dict[str, list[str]]:
+    """An argument of io.Schema: other words that find a node in the menu. Older versions of ComfyUI have none."""
+    return {"search_aliases": list(words)} if KNOWS_ALIASES else {}
+
 
 NETWORKS = {
     "model": DIT,
@@ -54,7 +62,6 @@ def check_link(name: str, value: Any, kind: type) -> None:
             f"{name} is connected to a {PART_LABELS[recipe.kind]}, not to a {PART_LABELS[wanted]}. "
             "Connect the output of the loader that gives it."
         )
-
 
 
 def audio_of(recording: Recording, seconds: float) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """What will be made, told to the page before and after a run: the plan of the clips, and how loud the voice is."""
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 from aiohttp import web
 from server import PromptServer
 
@@ -18,6 +16,7 @@ from ..wan_s2v_core.conditioning.timeline import Loudness, expected_timeline, lo
 from ..wan_s2v_core.config import DEMO, VideoConfig
 from ..wan_s2v_core.errors import ConfigError, WanS2VError, shown
 from ..wan_s2v_core.io.audio import sound_blocks
+from .bridge import input_path
 
 ROUTE = "/wan_s2v/timeline"
 LONGEST_SECONDS = 3600
@@ -103,12 +102,10 @@ def path_of(name: str) -> Path:
     Raises:
         OutsideError: if that is none of ComfyUI's folders.
     """
-    _, folder = folder_paths.annotated_filepath(name)  # "voice.wav [output]" lies in the output folder
-    root = os.path.abspath(folder or folder_paths.get_input_directory())
-    path = os.path.abspath(folder_paths.get_annotated_filepath(name))
-    if not path.startswith(root + os.sep) or "\0" in name:
-        raise OutsideError(f"audio={name!r} is not inside ComfyUI's input folder. Upload it with Load Audio.")
-    return Path(path)
+    path = input_path(name)
+    if path is None:
+        raise OutsideError(f"audio='{shown(name)}' is not inside ComfyUI's input folder. Upload it with Load Audio.")
+    return path
 
 
 @lru_cache(8)

@@ -22,6 +22,7 @@ from .decode import CATEGORY, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText
 from .load import DemoInputs, LoadCheckpoint
 from .sample import Sample, SamplingPreset
+from .sockets import found_by
 
 AUTO = "auto"
 HIGH_SHIFT_PIXELS = 1024 * 704
@@ -37,6 +38,16 @@ class TalkingVideo(io.ComfyNode):
             node_id="WanS2VTalkingVideo",
             display_name="Wan S2V Talking Video",
             category=CATEGORY,
+            **found_by(
+                "speech to video",
+                "audio to video",
+                "lip sync",
+                "talking head",
+                "avatar",
+                "Wan2.2-S2V-14B",
+                "数字人",
+                "对口型",
+            ),
             description="A picture and a voice become a talking video, in one node. It runs the other Wan S2V nodes, "
             "so cancel, going on after it, and caching are theirs; use those to set more.",
             inputs=[

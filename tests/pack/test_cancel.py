@@ -180,7 +180,7 @@ def test_another_prompt_id_is_not_cancelled(graph, run, comfy, new_seed):
     assert ended.status == "success"
 
 
-def test_twenty_cancels(graph, run, film, cancelled, clips, comfy, watch, fresh_seed):
+def test_twenty_cancels(graph, run, film, cancelled, free, clips, comfy, watch, fresh_seed):
     """Each at a random step in one server's life: all end soon, memory stays where it was after the first video, and
     the run that goes on after the last of them makes that video again."""
     chance, steps = np.random.default_rng(fresh_seed), 4
@@ -190,6 +190,7 @@ def test_twenty_cancels(graph, run, film, cancelled, clips, comfy, watch, fresh_
     expected = film(prompts[-1])
     (folder,) = clips()
     before = resident_mb(comfy)
+    free()  # newer versions of ComfyUI still have the first video in their cache after twenty others
     for prompt, value in zip(prompts, values, strict=True):
         ended, seconds = cancelled(prompt, value)
         assert ended.status == "interrupted" and seconds < SOON, (value, seconds, ended.errors)

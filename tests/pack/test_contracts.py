@@ -6,10 +6,12 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from comfy_client import HttpError
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("nodes.json")
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 KEPT_OPTIONS = ("default", "min", "max", "step", "options", "multiline", "dynamicPrompts", "control_after_generate")
 FILES = ("checkpoint", "name", "picture", "voice", "file")
 """Inputs whose options are the files that happen to be there."""
@@ -90,6 +92,11 @@ def test_nodes_stand_together_in_the_menu(schemas, pack_nodes):
     assert all(schemas[node]["display_name"].startswith("Wan S2V ") for node in pack_nodes)
 
 
+def test_other_words_find_the_node_where_comfyui_knows_such(schemas):
+    asked = "search_aliases" in schemas["LoadImage"]
+    assert ("lip sync" in (schemas["WanS2VTalkingVideo"].get("search_aliases") or ())) == asked
+
+
 def test_web_files_are_served(comfy):
     """ComfyUI serves WEB_DIRECTORY under the name of the pack."""
     folder = ROOT / "web"
@@ -108,6 +115,21 @@ def test_workflows_are_served_as_templates(comfy):
     assert {path.stem for path in (ROOT / "workflows").glob("*.jpg")} == set(listed), "each has its picture there"
     for path in (path for path in (ROOT / "workflows").iterdir() if path.suffix in (".json", ".jpg")):
         assert comfy.client.request(f"/api/workflow_templates/wan_s2v/{path.name}") == path.read_bytes()
+
+
+def test_blueprints_are_in_the_node_library(comfy, schemas):
+    """Where ComfyUI has one: older versions know no such address."""
+    try:
+        listed = comfy.client.get("/global_subgraphs")
+    except HttpError as error:
+        assert error.status == 404
+        return
+    ours = {number: entry for number, entry in listed.items() if entry["info"]["node_pack"] == "custom_nodes.wan_s2v"}
+    assert sorted(entry["name"] for entry in ours.values()) == [path.stem for path in BLUEPRINTS]
+    for number in ours:
+        graph = json.loads(comfy.client.get(f"/global_subgraphs/{number}")["data"])
+        (inside,) = graph["definitions"]["subgraphs"]
+        assert {node["type"] for node in inside["nodes"]} <= schemas.keys()
 
 
 def test_every_graph_is_small_and_has_a_prompt():
@@ -131,7 +153,7 @@ def test_workflows_name_only_what_is_there(path, schemas):
             if isinstance(value, list):
                 source, output = value
                 assert schemas[prompt[source]["class_type"]]["output"][output] == kind, f"node {number}, {name}"
-            elif kind == "COMBO" and name not in FILES:
+            elif kind == "COMBO" and name not in FILES and not any(option.endswith("_upload") for option in options):
                 assert value in options["options"], f"node {number}, {name}"
             elif kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"], f"node {number}, {name}"

@@ -28,6 +28,9 @@ SCRIPT, RUN_SCRIPT, FIRST_SCRIPT, MEMORY_SCRIPT = (
     Path(__file__).with_name(f"{name}.mjs") for name in ("page", "page_run", "page_first_video", "page_memory")
 )
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINT = ROOT / "subgraphs" / "Speech to Video (Wan2.2-S2V).json"
+SHOWN_WIDGETS = ["checkpoint", "prompt", "width", "height", "steps", "seed", "filename_prefix"]
+"""Of the blueprint's own node."""
 DEMO, SMALL_CARD = (ROOT / "workflows" / f"{name}.json" for name in ("demo", "small_card"))
 OWN, NEWER = "own", "newer"
 """Frontends: ComfyUI's own, and that of FRONTEND_ROOT."""
@@ -145,6 +148,28 @@ def test_names_are_in_the_language_of_the_page(opened, frontend, language):
                 assert label == expected["inputs"][name]["name"], (node["type"], name)
         labels = [label for _, label in node["outputs"]]
         assert labels == [entry["name"] for entry in expected["outputs"].values()]
+
+
+@pytest.mark.parametrize("frontend", [OWN, NEWER])
+def test_the_blueprint_is_the_main_path(frontend, in_page):
+    """One node on the canvas; what is inside has the values of the prompt that it was drawn from."""
+    page = in_page(frontend, SCRIPT, BLUEPRINT)[BLUEPRINT.stem]
+    (node,) = page["nodes"]
+    assert page["errors"] == [] and node["known"]
+    assert [name for name, _ in node["inputs"][:2]] == ["audio", "picture"] and node["outputs"][0][0] == "video"
+    assert [name for name, _ in node["widgets"]] == SHOWN_WIDGETS
+    drawn_from = json.loads((ROOT / "workflows" / "api" / "talking_video.json").read_text(encoding="utf-8"))
+    expected = {node["class_type"]: plain_inputs(node) for node in drawn_from.values() if "S2V" in node["class_type"]}
+    found = {node["class_type"]: plain_inputs(node) for node in page["prompt"].values()}
+    assert found.keys() == expected.keys()
+    for kind in expected:
+        assert {name: found[kind][name] for name in expected[kind]} == expected[kind], kind
+
+
+def plain_inputs(node: dict) -> dict:
+    """Those of a prompt that are not linked, but for what the page adds."""
+    added = ADDED.get(node["class_type"], ())
+    return {name: value for name, value in node["inputs"].items() if not isinstance(value, list) and name not in added}
 
 
 QUICK = {

@@ -138,6 +138,19 @@ def test_names_that_lead_outside_are_refused(name, comfy):
     assert "root:" not in refused.value.body
 
 
+def test_links_are_followed_where_load_audio_follows_them(timeline, write_sound, comfy, tmp_path):
+    (comfy.base / "input" / write_sound("moved_away.wav")).rename(tmp_path / "voice.wav")
+    (comfy.base / "input" / "link.wav").symlink_to(tmp_path / "voice.wav")
+    loader = {"1": {"class_type": "LoadAudio", "inputs": {"audio": "link.wav"}}}
+    core = comfy.client.run(loader | {"2": {"class_type": "PreviewAudio", "inputs": {"audio": ["1", 0]}}})
+    if core.status == "success":
+        assert timeline(audio="link.wav")["frames"] == 16
+    else:
+        with pytest.raises(HttpError) as refused:
+            timeline(audio="link.wav")
+        assert core.status == "rejected" and refused.value.status == 403
+
+
 def test_without_a_recording(comfy):
     with pytest.raises(HttpError) as refused:
         comfy.client.get(ROUTE)

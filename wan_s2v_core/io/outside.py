@@ -5,9 +5,11 @@ Foreign parsers raise what they like, and special files block or never end. Here
 
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, WanS2VError, shown, shown_path
@@ -39,6 +41,22 @@ def file_size(path: str | Path, largest_bytes: int | None = None, error: type[Wa
             "Check that it is the right one."
         )
     return facts.st_size
+
+
+def inside(root: str | Path, name: Any, paths: ModuleType = os.path) -> Path | None:
+    """The absolute path of `name` below the folder `root`; None for names that lead out of it or are the folder itself.
+
+    Links are not followed: whoever made one inside of the folder wanted it there.
+
+    Args:
+        paths: os.path, or that of another system.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    folder = paths.abspath(root)
+    path = paths.abspath(paths.join(folder, name))
+    beginning = paths.normcase(folder if folder.endswith(paths.sep) else folder + paths.sep)
+    return Path(path) if paths.normcase(path).startswith(beginning) else None
 
 
 def read_bytes(path: str | Path, largest_bytes: int, error: type[WanS2VError] = ConfigError) -> bytes:
