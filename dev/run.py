@@ -5,11 +5,12 @@
     python3 dev/run.py serve [--port 8188]          ComfyUI with these nodes, to try in a browser
     python3 dev/run.py test [PYTEST ARGUMENTS]      style, then all tests, those of the nodes in a real ComfyUI
                                                     and, where Chromium is found, in its page
+    python3 dev/run.py attack [CLASS ...]           damaged files, odd prompts, kills and rivals by chance: what breaks
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
-it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy, serve
-and test; the other commands do without.
+it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy,
+serve, test and attack; the other commands do without.
 """
 
 import os
@@ -70,7 +71,7 @@ def main() -> int:
         comfy_demo.parse(sys.argv[1:])  # mistakes are told before anything is installed
     page = {}
     try:
-        set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test") else set_up_core()
+        set_up_comfyui() if command in (*comfy_demo.COMMANDS, "test", "attack") else set_up_core()
         if command == "test":
             page = set_up_page()
     except subprocess.CalledProcessError as error:
@@ -81,6 +82,8 @@ def main() -> int:
         return test(arguments, page)
     if command in comfy_demo.COMMANDS:
         return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
+    if command == "attack":
+        return run(PYTHON, ROOT / "dev" / "attack", *arguments, folder=Path.cwd())
     return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)
 
 

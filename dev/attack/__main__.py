@@ -25,7 +25,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, help="the same inputs again; a new one by default")
     add("--count", type=int, help="inputs of each class, for the numbers above")
     add("--only", type=int, nargs="+", metavar="NUMBER", help="these inputs alone, which are kept")
-    add("--kinds", nargs="+", metavar="WORD", help="only kinds whose name has one of these words")
     add("--out", type=Path, default=Path("attack"), help="folder for CLASS-SEED.json and .md [%(default)s]")
     add("--checkpoint", type=Path, help="of demo/tiny_checkpoint.py; made by default")
     options = parser.parse_args(arguments)
@@ -44,7 +43,10 @@ def run_class(name: str, options: argparse.Namespace, lab: Lab, seed: int) -> li
             outcomes.append(outcome)
             mark = "!!" if outcome.is_fault else "  "
             told = f"{mark} {name} {outcome.number}: {outcome.kind}: {outcome.verdict}, {outcome.seconds:.1f} s"
-            print(f"{told}: {report.last_line(outcome.said)}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+            print(
+                f"{told}: {report.last_line(outcome.said)}".encode("ascii", "backslashreplace").decode(),
+                file=sys.stderr,
+            )
     finally:
         if outcomes:
             report.save(options.out, name, seed, outcomes)

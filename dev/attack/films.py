@@ -1,4 +1,4 @@
-"""Driving videos as people have them, and damaged ones: four quarters of known colours in many codecs and containers."""
+"""Driving videos as people have them, and damaged ones: four quarters of known colours, in many codecs."""
 
 import os
 import random
@@ -45,7 +45,9 @@ GREY = ("gray", "gray16le")
 ROUGH = ("gif", "wmv2", "flv", "mpeg1video", "mpeg2video", "libvpx")
 
 
-def encode(path: Path, pictures: Sequence[np.ndarray], codec: str, pixels: str, rate: Any = 16, times: Any = None) -> None:
+def encode(
+    path: Path, pictures: Sequence[np.ndarray], codec: str, pixels: str, rate: Any = 16, times: Any = None
+) -> None:
     """Write pictures H W 3; times: their time stamps in milliseconds, for a rate that varies."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
@@ -55,7 +57,13 @@ def encode(path: Path, pictures: Sequence[np.ndarray], codec: str, pixels: str, 
             stream.bit_rate = 4_000_000
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        feed(container, stream, pictures, Fraction(1, 1000) if times else 1 / Fraction(rate).limit_denominator(1001), times)
+        feed(
+            container,
+            stream,
+            pictures,
+            Fraction(1, 1000) if times else 1 / Fraction(rate).limit_denominator(1001),
+            times,
+        )
 
 
 def feed(container: Any, stream: Any, pictures: Sequence[np.ndarray], tick: Fraction, times: Any = None) -> None:
@@ -183,7 +191,9 @@ def films_with_a_cover(chance, folder):
     cover_first = chance.random() < 0.5
     path, codec = folder / f"cover.{'mkv' if cover_first else 'mp4'}", "mjpeg" if cover_first else "png"
     with av.open(str(path), "w") as container:
-        streams = [container.add_stream(name, rate=16) for name in ((codec, "mpeg4") if cover_first else ("mpeg4", codec))]
+        streams = [
+            container.add_stream(name, rate=16) for name in ((codec, "mpeg4") if cover_first else ("mpeg4", codec))
+        ]
         cover, film = streams if cover_first else streams[::-1]
         cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p" if cover_first else "rgb24"
         film.height, film.width, film.pix_fmt, film.bit_rate = HEIGHT, WIDTH, "yuv420p", 4_000_000
@@ -236,7 +246,14 @@ def films_whose_size_changes(chance, folder):
 def time_stamps_of_nonsense(chance, folder):
     """All alike, years apart, or a rate of millions."""
     jump = chance.choice((0, 10**9, 10**12))
-    encode(folder / "pose.mkv", still(4), "ffv1", "bgr0", chance.choice((16, 1000)), [number * jump + number for number in range(4)])
+    encode(
+        folder / "pose.mkv",
+        still(4),
+        "ffv1",
+        "bgr0",
+        chance.choice((16, 1000)),
+        [number * jump + number for number in range(4)],
+    )
     return folder / "pose.mkv", shown(None, None)
 
 
@@ -257,7 +274,15 @@ def matrices_of_nonsense(chance, folder):
 @KINDS.add(BAD)
 def files_without_a_film(chance, folder):
     path = folder / "pose.mp4"
-    texts = (b"", b"\0\0\0\x18ftypmp42", b"RIFF", b"\x1aE\xdf\xa3", chance.randbytes(3000), bytes(3000), b"#EXTM3U\nx.ts\n")
+    texts = (
+        b"",
+        b"\0\0\0\x18ftypmp42",
+        b"RIFF",
+        b"\x1aE\xdf\xa3",
+        chance.randbytes(3000),
+        bytes(3000),
+        b"#EXTM3U\nx.ts\n",
+    )
     ways = (
         lambda: path.write_bytes(chance.choice(texts)),
         lambda: path.write_bytes(chance.choice(texts)),
@@ -305,10 +330,26 @@ def numbers_in_a_films_boxes(chance, folder):
     """Sizes, counts, rates and times in the index of an MP4 or a Matroska file."""
     path, _ = any_film(chance, folder, chance.choice(("libx264", "mpeg4", "libvpx-vp9", "ffv1")))
     content = bytearray(path.read_bytes())
-    names = (b"tkhd", b"mdhd", b"stsd", b"stts", b"stsz", b"stco", b"stsc", b"elst", b"mvhd", b"avcC", b"ctts", b"\x44\x89", b"\xb0\x82")
+    names = (
+        b"tkhd",
+        b"mdhd",
+        b"stsd",
+        b"stts",
+        b"stsz",
+        b"stco",
+        b"stsc",
+        b"elst",
+        b"mvhd",
+        b"avcC",
+        b"ctts",
+        b"\x44\x89",
+        b"\xb0\x82",
+    )
     places = [place for name in names for place in boxes(content, name)] or [0]
     for _ in range(chance.choice((1, 2, 5))):
         place = min(chance.choice(places) + 4 * chance.randrange(2, 12), len(content) - 4)
-        content[place : place + 4] = chance.choice((bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\x01", b"\x80\0\0\0"))
+        content[place : place + 4] = chance.choice(
+            (bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\0\x01", b"\x80\0\0\0")
+        )
     path.write_bytes(content)
     return path, shown(None, None)

@@ -1,5 +1,6 @@
 """Runs of `generate` that are ended at any moment, again and again; the same command then makes the same film."""
 
+import contextlib
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .lab import HANG_SECONDS, Lab, Worker, chance_for
+from .lab import HANG_SECONDS, Lab, Stopwatch, Worker, chance_for
 from .outcome import DIED, DIFFERS, FINE, HANG, LEFT, TRACEBACK, WORDING, Outcome, message_of, unreadable
 
 SIGNALS = {"KILL": signal.SIGKILL, "INT": signal.SIGINT, "TERM": signal.SIGTERM}
@@ -23,7 +24,7 @@ class Runs:
     """Processes of `generate`, forked from a child that has torch."""
 
     def __init__(self) -> None:
-        self.parent = Worker(HANG_SECONDS + 30)
+        self.parent = Worker()
 
     def start(self, arguments: list[str], log: Path) -> int:
         log.touch()
@@ -31,7 +32,10 @@ class Runs:
 
     def wait(self, pid: int, seconds: float = HANG_SECONDS) -> int | None:
         """Its exit code, or minus the signal that ended it; None if it has not ended, which ends it now."""
-        answer = self.parent.ask(do="wait", pid=pid, seconds=seconds)
+        watch = Stopwatch(pid)
+        while watch.look() < seconds and not self.is_over(pid):
+            time.sleep(0.01)
+        answer = self.parent.ask(do="wait", pid=pid, seconds=1)
         if "code" not in answer:
             send(pid, signal.SIGKILL)
             self.parent.ask(do="wait", pid=pid, seconds=10)
@@ -49,10 +53,8 @@ class Runs:
 
 
 def send(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def attack(lab: Lab, seed: int, numbers: Iterable[int], keep: bool = False) -> Iterator[Outcome]:
@@ -106,7 +108,7 @@ def wait_for_moment(chance: random.Random, runs: Runs, pid: int, folder: Path, m
     elif moment == "late":
         sleep_while_running(runs, pid, chance.uniform(0.8, 1.05) * whole)
     else:
-        wanted = chance.randint(1, 12)
+        wanted = chance.choice((1, 2, 3, 4, 5, 8, 12))
         seen: set[Path] = set()
         deadline = time.monotonic() + whole
         while len(seen) < wanted and time.monotonic() < deadline and not runs.is_over(pid):

@@ -41,13 +41,38 @@ def anonymous_bytes(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+class Stopwatch:
+    """Seconds that a process has worked or waited. Time in which it was ready and others had the processors is left
+    out, so that a busy machine makes no hang."""
+
+    def __init__(self, pid: int):
+        self.pid, self.seconds = pid, 0.0
+        self._now, (self._busy, _) = time.monotonic(), self._facts()
+
+    def look(self) -> float:
+        """To be called often."""
+        now, (busy, is_ready) = time.monotonic(), self._facts()
+        worked, passed = max(0.0, busy - self._busy), now - self._now
+        self.seconds += min(worked, passed) if is_ready else passed
+        self._now, self._busy = now, busy
+        return self.seconds
+
+    def _facts(self) -> tuple[float, bool]:
+        """Its processor seconds, and whether it could use more."""
+        try:
+            facts = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(facts[11]) + int(facts[12])) / os.sysconf("SC_CLK_TCK"), facts[0] == "R"
+        except (OSError, IndexError):
+            return 0.0, False
+
+
 class Worker:
     """A child that runs `worker.py`. It is started again when an input has ended it."""
 
     def __init__(self, hang_seconds: float = HANG_SECONDS):
         self.hang_seconds = hang_seconds
         self.process: subprocess.Popen | None = None
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """The answer to a job, with the seconds and the anonymous memory that it took.
@@ -55,13 +80,14 @@ class Worker:
         Instead of an answer: `hang`, where it was when its time had passed; `too_large`; `died`, by which signal.
         """
         self._start()
-        pid, began = self.process.pid, time.monotonic()
+        pid = self.process.pid
+        watch = Stopwatch(pid)
         before = peak = anonymous_bytes(pid)
         self._send(job)
         ending: dict[str, Any] = {}
         while not self._is_ready(SAMPLE_SECONDS):
             peak = max(peak, anonymous_bytes(pid))
-            if time.monotonic() - began > self.hang_seconds:
+            if watch.look() > self.hang_seconds:
                 ending = {"hang": self._stack()}
                 break
             if peak - before > STOP_BYTES:
@@ -77,7 +103,7 @@ class Worker:
             self._kill()
         if "broken" in ending:
             raise RuntimeError(ending["broken"])
-        return ending | {"seconds": time.monotonic() - began, "peak_bytes": max(peak, anonymous_bytes(pid)) - before}
+        return ending | {"seconds": watch.seconds, "peak_bytes": max(peak, anonymous_bytes(pid)) - before}
 
     def close(self) -> None:
         self._kill()

@@ -28,7 +28,7 @@ from .weights import untouched_film
 SOURCES = {"sound": sounds.KINDS, "picture": stills.KINDS, "pose": films.KINDS}
 FLAGS = {"sound": "audio", "picture": "image", "pose": "pose_video"}
 BOUND_BYTES = {"sound": 300_000_000, "picture": 64_000_000 * 4 * 3, "pose": 64_000_000 * 4 * 3}
-"""Decoded size at the bounds: half a second is used of a sound; 64 megapixels as RGBA, and twice more while it is fitted."""
+"""Decoded size at the bounds: half a second of a sound; 64 megapixels as RGBA, three times while they are fitted."""
 LEAST_HEARD, FULL_SCALE = 1e-4, 1.0
 TONE_TOLERANCE_HZ = 12.0
 
@@ -109,7 +109,10 @@ def wrong_picture(found: dict[str, Any], expected: Shown) -> str:
     if expected.size is not None and (found["height"], found["width"]) != expected.size:
         return f"{found['width']}x{found['height']} px for {expected.size[1]}x{expected.size[0]}"
     for place, wanted in enumerate(expected.colours or ()):
-        if max(abs(one - other) for one, other in zip(found["colours"][place], wanted, strict=True)) > expected.tolerance:
+        if (
+            max(abs(one - other) for one, other in zip(found["colours"][place], wanted, strict=True))
+            > expected.tolerance
+        ):
             return f"quarter {place + 1} is {found['colours'][place]} for {list(wanted)}"
     return ""
 
@@ -131,5 +134,3 @@ def wrong_film(what: str, film: dict[str, Any], plain: dict[str, Any], expected:
     if isinstance(expected, Tone) and expected.tone_hz is not None and not film["loudness"] > LEAST_HEARD:
         return "a silent film"
     return f"sound at {film['loudness']:.2f} of full scale" if film["loudness"] > FULL_SCALE else ""
-
-

@@ -13,8 +13,8 @@ was gone on with is not that of an undisturbed run. Left behind: unfinished file
 VERDICTS = (FINE, REFUSED, TURNED_AWAY, *FAULTS)
 
 SAME, SAME_OR_REFUSED, BAD, ANY, GOOD = "same", "same or refused", "bad", "any", "good"
-"""What an input calls for: the film of the untouched input (if refused, that is noted); that or a refusal; a refusal; any
-film with something in it, or a refusal; a film with what `Expected` says."""
+"""What an input calls for: the film of the untouched input (if refused, that is noted); that or a refusal; a refusal;
+any film with something in it, or a refusal; a film of what its maker says."""
 
 LONGEST_MESSAGE = 2500
 LEAST_SPREAD = 1.0

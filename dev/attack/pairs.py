@@ -1,4 +1,4 @@
-"""Two runs of `generate` for one video at once: one film of one of them, one line from the other, nothing in the way."""
+"""Two runs of `generate` for one video at once: the film of one of them, a line from the other."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -76,7 +76,25 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 # --- facts and tensors of clips ------------------------------------------------------------------------------------
 
-ODD_FACTS = ("", "0", "-1", "1", "16", "65536", "9" * 30, "9" * 5000, "1e3", "NaN", "x", "\0", "\ud7ff" * 9, "[]", "３", " 17 ", "None")
+ODD_FACTS = (
+    "",
+    "0",
+    "-1",
+    "1",
+    "16",
+    "65536",
+    "9" * 30,
+    "9" * 5000,
+    "1e3",
+    "NaN",
+    "x",
+    "\0",
+    "\ud7ff" * 9,
+    "[]",
+    "\uff13",
+    " 17 ",
+    "None",
+)
 
 
 @KINDS.add(SAME)
@@ -164,7 +182,9 @@ def the_frames_behind_gone_or_older(chance, folder):
     path = clips(folder) / "motion.safetensors"
     tensors, facts = read_record(path)
     facts["key"] = read_record(clips(folder) / "clip_0000.safetensors")[1].get("key", "")
-    chance.choice((path.unlink, lambda: replace(path, tensors, facts), lambda: replace(path, {"x": torch.zeros(1)}, facts)))()
+    chance.choice(
+        (path.unlink, lambda: replace(path, tensors, facts), lambda: replace(path, {"x": torch.zeros(1)}, facts))
+    )()
     if chance.random() < 0.5:
         (clips(folder) / f"clip_000{CLIPS}.safetensors").unlink(missing_ok=True)
 
@@ -186,7 +206,9 @@ def bytes_of_a_film(chance, folder):
     path = any_film(chance, folder)
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    replace_bytes(path, bytes(chance.choice((content, content[:-9], content[: len(content) // 3], content + b"\0", b""))))
+    replace_bytes(
+        path, bytes(chance.choice((content, content[:-9], content[: len(content) // 3], content + b"\0", b"")))
+    )
 
 
 @KINDS.add(SAME)
@@ -199,7 +221,9 @@ def another_film(chance, folder):
         stream.width = stream.height = side
         stream.pix_fmt = "bgr0"
         for _ in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24"))
+            )
         container.mux(stream.encode(None))
 
 
@@ -234,8 +258,22 @@ def a_folder_in_place_of_a_record(chance, folder):
 def more_in_the_folder(chance, folder):
     """Files of ours with odd numbers, and of others."""
     record = any_record(chance, folder)
-    names = ("clip_9999.safetensors", "clip_0007.safetensors", "clip_00000.safetensors", "clip_-001.safetensors", "clip_٣٣٣٣.safetensors")
-    names += (".clip_0000.abc.part", "notes.txt", "sub/clip_0000.mkv", "clip_0002.mkv", "CLIP_0000.mkv", "lock", ".lock")
+    names = (
+        "clip_9999.safetensors",
+        "clip_0007.safetensors",
+        "clip_00000.safetensors",
+        "clip_-001.safetensors",
+        "clip_٣٣٣٣.safetensors",
+    )
+    names += (
+        ".clip_0000.abc.part",
+        "notes.txt",
+        "sub/clip_0000.mkv",
+        "clip_0002.mkv",
+        "CLIP_0000.mkv",
+        "lock",
+        ".lock",
+    )
     path = clips(folder) / chance.choice(names)
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
@@ -261,15 +299,38 @@ def the_folder_itself(chance, folder):
                 file.unlink()
         return
     shutil.rmtree(path)
-    {"file": path.touch, "nowhere": lambda: path.symlink_to("x"), "round": lambda: path.symlink_to(path.name), "empty": path.mkdir}[way]()
+    {
+        "file": path.touch,
+        "nowhere": lambda: path.symlink_to("x"),
+        "round": lambda: path.symlink_to(path.name),
+        "empty": path.mkdir,
+    }[way]()
 
 
 @KINDS.add(SAME)
 def settings_that_are_none(chance, folder):
     path = clips(folder) / "settings.json"
     text = path.read_text()
-    texts = ("", "{}", "[]", "null", "5", "[" * 100_000, '{"a":' * 60_000, text[:-9], text + "}", "\ud7ff", "NaN", '{"x": ' + "9" * 9000 + "}")
-    replace_bytes(path, chance.choice((*(text.encode("utf-8", "surrogatepass") for text in texts), b"\xff\xfe\0", text.encode("utf-16"))))
+    texts = (
+        "",
+        "{}",
+        "[]",
+        "null",
+        "5",
+        "[" * 100_000,
+        '{"a":' * 60_000,
+        text[:-9],
+        text + "}",
+        "\ud7ff",
+        "NaN",
+        '{"x": ' + "9" * 9000 + "}",
+    )
+    replace_bytes(
+        path,
+        chance.choice(
+            (*(text.encode("utf-8", "surrogatepass") for text in texts), b"\xff\xfe\0", text.encode("utf-16"))
+        ),
+    )
 
 
 @KINDS.add(SAME_OR_REFUSED)
@@ -290,7 +351,12 @@ def a_setting_of_another_kind(chance, folder):
 def settings_that_are_no_file(chance, folder):
     path = clips(folder) / "settings.json"
     path.unlink()
-    ways = (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir, lambda: path.symlink_to(path.name))
+    ways = (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        path.mkdir,
+        lambda: path.symlink_to(path.name),
+    )
     chance.choice((*ways, lambda: path.open("wb").truncate(80_000_000_000)))()
 
 
@@ -331,7 +397,13 @@ def names_in_an_encoding(chance, folder):
     path = any_encoding(chance, folder)
     tensors, facts = read_record(path)
     name = chance.choice(sorted(tensors))
-    chance.choice((lambda: tensors.pop(name), lambda: tensors.update({"x": tensors.pop(name)}), lambda: tensors.update(x=torch.zeros(2))))()
+    chance.choice(
+        (
+            lambda: tensors.pop(name),
+            lambda: tensors.update({"x": tensors.pop(name)}),
+            lambda: tensors.update(x=torch.zeros(2)),
+        )
+    )()
     replace(path, tensors, facts or None)
 
 
@@ -342,7 +414,9 @@ def bytes_of_an_encoding(chance, folder):
     (length,) = struct.unpack("<Q", content[:8])
     place = chance.choice((chance.randrange(8, 8 + length), chance.randrange(8 + length, len(content))))
     content[place] ^= 1 << chance.randrange(8)
-    replace_bytes(path, bytes(chance.choice((content, content, content, content[:-1], b"", content + b"\0", b"PK\x03\x04"))))
+    replace_bytes(
+        path, bytes(chance.choice((content, content, content, content[:-1], b"", content + b"\0", b"PK\x03\x04")))
+    )
 
 
 @KINDS.add(SAME)
@@ -357,7 +431,12 @@ def encodings_exchanged(chance, folder):
 def an_encoding_that_is_no_file(chance, folder):
     path = any_encoding(chance, folder)
     path.unlink()
-    ways = (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to("/dev/zero"), lambda: path.symlink_to(path.name))
+    ways = (
+        lambda: os.mkfifo(path),
+        path.mkdir,
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(path.name),
+    )
     chance.choice((*ways, lambda: path.open("wb").truncate(80_000_000_000)))()
 
 
@@ -381,9 +460,7 @@ def kept_run(lab: Lab, folder: Path) -> list[str]:
     return lab.generate(folder / "v.mkv", cache_dir=folder / "kept", **LONG)
 
 
-def try_record(
-    lab: Lab, name: str, seed: int, number: int, box: Path, whole: Path, plain: dict[str, Any]
-) -> Outcome:
+def try_record(lab: Lab, name: str, seed: int, number: int, box: Path, whole: Path, plain: dict[str, Any]) -> Outcome:
     folder, kind, chance = box / "run", KINDS[name], chance_for(seed, number)
     shutil.copytree(whole, folder)
     kind.make(chance, folder)

@@ -52,4 +52,6 @@ def save(folder: Path, attack: str, seed: int, outcomes: Sequence[Outcome]) -> N
     content = {"attack": attack, "seed": seed, **summary(outcomes), "outcomes": [one.to_dict() for one in outcomes]}
     text = json.dumps(content, indent=1)
     (folder / f"{attack}-{seed}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{attack}-{seed}.md").write_text(table(attack, seed, outcomes), encoding="utf-8", errors="backslashreplace")
+    (folder / f"{attack}-{seed}.md").write_text(
+        table(attack, seed, outcomes), encoding="utf-8", errors="backslashreplace"
+    )

@@ -61,7 +61,11 @@ CODECS = {  # name -> suffix, rates, most channels
     "wavpack": ("wv", (44100,), 2),
 }
 LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
-CONTAINERS = {"aac": ("m4a", "mp4", "mov", "mkv", "ts", "flv", "aac"), "libmp3lame": ("mp3", "mkv", "avi", "mp4"), "flac": ("flac", "mka", "ogg")}
+CONTAINERS = {
+    "aac": ("m4a", "mp4", "mov", "mkv", "ts", "flv", "aac"),
+    "libmp3lame": ("mp3", "mkv", "avi", "mp4"),
+    "flac": ("flac", "mka", "ogg"),
+}
 CONTAINERS |= {"pcm_s16le": ("wav", "avi", "mov", "mkv", "w64", "nut"), "libopus": ("opus", "ogg", "webm", "mka")}
 
 
@@ -120,11 +124,19 @@ def plain_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> None:
         file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
-def raw_wav(path: Path, data: bytes, tag: int = 1, channels: int = 1, rate: int = 16000, bits: int = 16, **facts: int) -> None:
+def raw_wav(
+    path: Path, data: bytes, tag: int = 1, channels: int = 1, rate: int = 16000, bits: int = 16, **facts: int
+) -> None:
     """A WAV of just these facts; `align`, `riff` and `size` instead of the right ones."""
     align = facts.get("align", max(1, channels * bits // 8) % 65536)
     head = struct.pack("<HHIIHH", tag, channels, rate, rate * align % 2**32, align, bits)
-    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", facts.get("size", len(data)) % 2**32)
+    body = (
+        b"WAVEfmt "
+        + struct.pack("<I", len(head))
+        + head
+        + b"data"
+        + struct.pack("<I", facts.get("size", len(data)) % 2**32)
+    )
     path.write_bytes(b"RIFF" + struct.pack("<I", facts.get("riff", len(body) + len(data)) % 2**32) + body + data)
 
 
@@ -153,7 +165,16 @@ def sound_with_a_wrong_suffix(chance, folder):
 @KINDS.add(GOOD)
 def names_that_look_like_something_else(chance, folder):
     path, heard = any_sound(chance, folder, "pcm_s16le")
-    names = ("voice%03d.wav", "http:__x.wav", "-i.wav", "concat:a|b.wav", "a b ' \".wav", "声音 🎤.wav", "x\n.wav", "take:1.wav")
+    names = (
+        "voice%03d.wav",
+        "http:__x.wav",
+        "-i.wav",
+        "concat:a|b.wav",
+        "a b ' \".wav",
+        "声音 🎤.wav",
+        "x\n.wav",
+        "take:1.wav",
+    )
     other = folder / chance.choice((*names, "x" * 240 + ".wav", "~.wav", "$HOME.wav", ".hidden"))
     path.rename(other)
     return other, heard
@@ -287,7 +308,12 @@ def floats_of_another_scale(chance, folder):
     """Integers written as floats, and values that are no numbers: refused, or brought to full scale with a word."""
     samples = tone(440, 16000)[:, 0]
     scale = chance.choice((128.0, 32767.0, 8_388_607.0, 2.0**31, 1e30, 3e38))
-    wrong = (samples * scale, np.where(np.arange(len(samples)) % 999 == 5, np.nan, samples), np.full_like(samples, np.inf), samples * 1e-42)
+    wrong = (
+        samples * scale,
+        np.where(np.arange(len(samples)) % 999 == 5, np.nan, samples),
+        np.full_like(samples, np.inf),
+        samples * 1e-42,
+    )
     values = chance.choice((wrong[0], wrong[0], *wrong)).astype(chance.choice(("<f4", "<f8")))
     raw_wav(folder / "voice.wav", values.tobytes(), tag=3, bits=values.itemsize * 8)
     return folder / "voice.wav", Tone(None, None)
@@ -352,7 +378,7 @@ def lists_that_name_other_files(chance, folder):
         "voice.ffconcat": f"ffconcat version 1.0\nfile '{secret.name}'\n",
         "list.mp3": f"ffconcat version 1.0\nfile {secret.name}\n",
         "voice.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
-        "voice.mpd": f'<?xml version="1.0"?><MPD><Period><AdaptationSet><Representation><BaseURL>{secret}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+        "voice.mpd": f"<MPD><Period><AdaptationSet><BaseURL>{secret}</BaseURL></AdaptationSet></Period></MPD>",
         "x.m3u8": "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n",
     }
     name = chance.choice(sorted(texts))
@@ -403,11 +429,15 @@ def stretches_of_a_sound_moved(chance, folder):
 @KINDS.add(SAME_OR_REFUSED)
 def numbers_in_a_container(chance, folder):
     """Four bytes of an index or header become a number that is very large or 0."""
-    path, _ = any_sound(chance, folder, chance.choice(("aac", "libopus", "flac", "libmp3lame", "wavpack", "tta", "wmav2")))
+    path, _ = any_sound(
+        chance, folder, chance.choice(("aac", "libopus", "flac", "libmp3lame", "wavpack", "tta", "wmav2"))
+    )
     content = bytearray(path.read_bytes())
     for _ in range(chance.choice((1, 3))):
         place = chance.choice((chance.randrange(min(len(content), 1200)), chance.randrange(len(content)))) // 4 * 4
-        content[place : place + 4] = chance.choice((bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0"))
+        content[place : place + 4] = chance.choice(
+            (bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0")
+        )
     path.write_bytes(content)
     return path, Tone(None, None)
 

@@ -2,13 +2,10 @@
 
 import io
 import os
-import random
 import struct
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
@@ -64,7 +61,24 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-FORMATS = ("png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "tga", "ico", "jp2", "avif", "pcx", "sgi", "dds", "im", "mpo")
+FORMATS = (
+    "png",
+    "jpg",
+    "webp",
+    "bmp",
+    "gif",
+    "tiff",
+    "ppm",
+    "tga",
+    "ico",
+    "jp2",
+    "avif",
+    "pcx",
+    "sgi",
+    "dds",
+    "im",
+    "mpo",
+)
 
 
 # --- good files ----------------------------------------------------------------------------------------------------
@@ -165,7 +179,9 @@ def tags_of_many_kinds(chance, folder):
     info = PngImagePlugin.PngInfo()
     info.add_text("prompt", '{"3": {}}' * 99, zip=True)
     info.add_itxt("parameters", "肖像" * 50)
-    profile = chance.choice((None, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile", b""))
+    profile = chance.choice(
+        (None, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile", b"")
+    )
     image().save(path, pnginfo=info, dpi=(300, 72), **({} if profile is None else {"icc_profile": profile}))
     return path, Shown()
 
@@ -192,11 +208,31 @@ def claims_of_a_size(chance, folder):
     """Headers alone that claim up to 2^31 pixels a side, in several formats."""
     side = chance.choice((20_000, 65_500, 2**24, 2**31 - 1))
     box = io.BytesIO()
-    gif = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
-    bmp = b"BM" + struct.pack("<IHHI", 60, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+    gif = (
+        b"GIF89a"
+        + struct.pack("<HH", 65535, 65535)
+        + b"\x80\0\0"
+        + bytes(6)
+        + b",\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+    )
+    bmp = (
+        b"BM"
+        + struct.pack("<IHHI", 60, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
     Image.new("1", (64, 64)).save(box, "TIFF")
-    tiff = box.getvalue().replace(struct.pack("<HHI", 0x0100, 4, 1) + struct.pack("<I", 64), struct.pack("<HHI", 0x0100, 4, 1) + struct.pack("<I", side))
-    ways = {"png": png(b"", side, side), "gif": gif, "bmp": bmp, "tiff": tiff, "ppm": b"P6 %d %d 255\n" % (side, side), "tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)}
+    tiff = box.getvalue().replace(
+        struct.pack("<HHI", 0x0100, 4, 1) + struct.pack("<I", 64),
+        struct.pack("<HHI", 0x0100, 4, 1) + struct.pack("<I", side),
+    )
+    ways = {
+        "png": png(b"", side, side),
+        "gif": gif,
+        "bmp": bmp,
+        "tiff": tiff,
+        "ppm": b"P6 %d %d 255\n" % (side, side),
+        "tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0),
+    }
     suffix = chance.choice(sorted(ways))
     (folder / f"face.{suffix}").write_bytes(ways[suffix])
     return folder / f"face.{suffix}", Shown(None, None)
@@ -244,8 +280,22 @@ def files_without_a_picture(chance, folder):
     path = folder / "face.png"
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n(/etc/passwd) (r) file\nshowpage\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
-    texts = (b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP", b"II*\0", postscript, svg, b"%PDF-1.7")
-    texts += (chance.randbytes(999), b"#define x_width 99999\n#define x_height 99999\nstatic char x_bits[] = {", b"\0\0\0 ftypheic")
+    texts = (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"\xff\xd8\xff\xe0",
+        b"RIFF\0\0\0\0WEBP",
+        b"II*\0",
+        postscript,
+        svg,
+        b"%PDF-1.7",
+    )
+    texts += (
+        chance.randbytes(999),
+        b"#define x_width 99999\n#define x_height 99999\nstatic char x_bits[] = {",
+        b"\0\0\0 ftypheic",
+    )
     ways = (
         lambda: path.write_bytes(chance.choice(texts)),
         lambda: path.write_bytes(chance.choice(texts)),
@@ -263,7 +313,9 @@ def files_without_a_picture(chance, folder):
 
 @KINDS.add(SAME_OR_REFUSED)
 def bits_of_a_picture_flipped(chance, folder):
-    path, _ = chance.choice((picture_of_any_format, picture_of_any_mode, sixteen_bits, films_of_pictures))(chance, folder)
+    path, _ = chance.choice((picture_of_any_format, picture_of_any_mode, sixteen_bits, films_of_pictures))(
+        chance, folder
+    )
     content = bytearray(path.read_bytes())
     stop = chance.choice((40, 300, len(content)))
     for _ in range(chance.choice((1, 6, 50))):
@@ -288,7 +340,9 @@ def exif_of_nonsense(chance, folder):
     """Orientations and tags that no camera writes."""
     exif = Image.Exif()
     exif[0x0112] = chance.choice((0, 9, 255, 65535))
-    raw = chance.choice((exif.tobytes(), b"Exif\0\0" + chance.randbytes(90), b"Exif\0\0MM\0*" + b"\xff" * 40, b"", b"Exif\0\0"))
+    raw = chance.choice(
+        (exif.tobytes(), b"Exif\0\0" + chance.randbytes(90), b"Exif\0\0MM\0*" + b"\xff" * 40, b"", b"Exif\0\0")
+    )
     raw = chance.choice((raw, b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x01\0\0\0\x06\0\0\0\0\0\0\0", raw))
     image().save(folder / "face.jpg", exif=raw, quality=95)
     return folder / "face.jpg", Shown()

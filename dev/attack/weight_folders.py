@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import random
 import shutil
 import socket
 import tempfile
@@ -21,7 +20,23 @@ WEIGHTS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", f"{SPEECH}/model
 WEIGHTS += tuple(f"{STEM}-0000{shard}-of-00002.safetensors" for shard in (1, 2))
 FILES = (*JSONS, *WEIGHTS, TOKENIZER)
 NUMBERS = (-1, 0, 1, 2, 3, 7, 97, 65_535, 65_536, 10**6, 2**31 - 1, 2**31, 2**53, 10**300, 0.5, 1e308, 1e-320, -0.0)
-ODD_VALUES = (*NUMBERS, True, False, None, "", "4", "silu", "x" * 300_000, [], [1], [0] * 9, {}, {"a": 1}, [[]], "\ud800")
+ODD_VALUES = (
+    *NUMBERS,
+    True,
+    False,
+    None,
+    "",
+    "4",
+    "silu",
+    "x" * 300_000,
+    [],
+    [1],
+    [0] * 9,
+    {},
+    {"a": 1},
+    [[]],
+    "\ud800",
+)
 SPARSE_BYTES = 80_000_000_000
 
 
@@ -99,8 +114,15 @@ def json_that_is_none(chance, folder):
 def json_in_another_encoding(chance, folder):
     path = folder / chance.choice(JSONS)
     text = path.read_text(encoding="utf-8")
-    encodings = (b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"), text.encode("utf-32"), b"\xff\xfe" + text.encode())
-    path.write_bytes(chance.choice((*encodings, text.replace("dim", "d\xedm").encode("latin-1"), gzip.compress(text.encode()))))
+    encodings = (
+        b"\xef\xbb\xbf" + text.encode(),
+        text.encode("utf-16"),
+        text.encode("utf-32"),
+        b"\xff\xfe" + text.encode(),
+    )
+    path.write_bytes(
+        chance.choice((*encodings, text.replace("dim", "d\xedm").encode("latin-1"), gzip.compress(text.encode())))
+    )
 
 
 @KINDS.add(SAME_OR_REFUSED)
@@ -108,7 +130,9 @@ def numbers_that_json_has_not(chance, folder):
     path = folder / chance.choice(JSONS[:2])
     text = path.read_text(encoding="utf-8")
     content = read(path)
-    name = chance.choice([name for name, value in content.items() if isinstance(value, (int, float)) and value is not True])
+    name = chance.choice(
+        [name for name, value in content.items() if isinstance(value, (int, float)) and value is not True]
+    )
     wrong = chance.choice(("NaN", "Infinity", "-Infinity", "1e999", "-1e-999", "0x10", "1_000", "٣"))
     path.write_text(text.replace(f'"{name}": {json.dumps(content[name])}', f'"{name}": {wrong}'), encoding="utf-8")
     return ANY
@@ -209,7 +233,15 @@ def bits_of_the_tokenizer(chance, folder):
 @KINDS.add(ANY)
 def a_tokenizer_json(chance, folder):
     """Beside the sentencepiece model, or instead of it."""
-    texts = ("", "{}", "[]", '{"version": "1.0"}', "{" * 99_999, '{"model": {"type": "BPE"}}', '{"model": {"vocab": 5}}')
+    texts = (
+        "",
+        "{}",
+        "[]",
+        '{"version": "1.0"}',
+        "{" * 99_999,
+        '{"model": {"type": "BPE"}}',
+        '{"model": {"vocab": 5}}',
+    )
     more = ('{"model": {"type": "Unigram", "vocab": []}}', '{"model": {"type": "Unigram", "vocab": [["a", "b"]]}}')
     (folder / TOKENIZER).with_name("tokenizer.json").write_text(chance.choice((*texts, *more)))
     if chance.random() < 0.7:
@@ -246,7 +278,9 @@ def a_file_that_is_none(chance, folder):
 def bind_socket(path: Path) -> None:
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{short}/s")  # a longer name may be too long for it
-        shutil.move(f"{short}/s", path) if os.stat(short).st_dev != os.stat(path.parent).st_dev else os.rename(f"{short}/s", path)
+        shutil.move(f"{short}/s", path) if os.stat(short).st_dev != os.stat(path.parent).st_dev else os.rename(
+            f"{short}/s", path
+        )
 
 
 @KINDS.add(BAD)
@@ -263,8 +297,25 @@ def a_file_with_a_hole(chance, folder):
 @KINDS.add(BAD)
 def a_file_of_another_kind(chance, folder):
     path = folder / chance.choice(FILES)
-    starts = (b"GGUF", b"version https://git-lfs", b"<!DOCTYPE html>", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"PK\x03\x04", b"{")
-    starts += (b"\x80\x02", b"\x7fELF", b"\x1f\x8b\x08", b"BZh9", b"\x28\xb5\x2f\xfd", b"\x08\x07\x12", b"%PDF-1.7", b"\0" * 16)
+    starts = (
+        b"GGUF",
+        b"version https://git-lfs",
+        b"<!DOCTYPE html>",
+        b"\x89PNG\r\n\x1a\n",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        b"{",
+    )
+    starts += (
+        b"\x80\x02",
+        b"\x7fELF",
+        b"\x1f\x8b\x08",
+        b"BZh9",
+        b"\x28\xb5\x2f\xfd",
+        b"\x08\x07\x12",
+        b"%PDF-1.7",
+        b"\0" * 16,
+    )
     path.write_bytes(chance.choice(starts) + chance.randbytes(chance.choice((0, 4, 600))))
     return SAME_OR_REFUSED if path.name == Path(JSONS[2]).name else BAD
 
@@ -287,7 +338,14 @@ def the_same_through_links(chance, folder):
 
 @KINDS.add(SAME)
 def files_that_do_not_matter(chance, folder):
-    names = (".gitattributes", "README.md", "assets/x.png", ".cache/huggingface/download/x.lock", "Thumbs.db", "x.safetensors")
+    names = (
+        ".gitattributes",
+        "README.md",
+        "assets/x.png",
+        ".cache/huggingface/download/x.lock",
+        "Thumbs.db",
+        "x.safetensors",
+    )
     for name in chance.sample(names, 3):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(chance.randbytes(9))

@@ -155,8 +155,37 @@ WRONG_OFFSETS = (
     "0,64",
     [True, False],
 )
-WRONG_SHAPES = ([-1], [2**62, 8], [2**40, 2**40], [1e3], ["3"], None, "", {}, [[2]], [0] * 1000, [1] * 70, [10**30], [True])
-WRONG_TYPES = ("f32", "F99", "", None, 16, ["BF16"], "BF16 ", "F4", "U64", "C64", "F8_E8M0", "é", "BF\u0000", "x" * 70_000)
+WRONG_SHAPES = (
+    [-1],
+    [2**62, 8],
+    [2**40, 2**40],
+    [1e3],
+    ["3"],
+    None,
+    "",
+    {},
+    [[2]],
+    [0] * 1000,
+    [1] * 70,
+    [10**30],
+    [True],
+)
+WRONG_TYPES = (
+    "f32",
+    "F99",
+    "",
+    None,
+    16,
+    ["BF16"],
+    "BF16 ",
+    "F4",
+    "U64",
+    "C64",
+    "F8_E8M0",
+    "é",
+    "BF\u0000",
+    "x" * 70_000,
+)
 
 
 @KINDS.add(SAME_OR_REFUSED)
@@ -246,7 +275,11 @@ def a_header_in_another_encoding(chance, folder):
     header, data = read_parts(path)
     text = json.dumps(header)
     name = next(name for name in header if name != "__metadata__")
-    spellings = (text.encode("utf-16"), text.encode("utf-32"), text.replace(name, "\ud800").encode("utf-8", "surrogatepass"))
+    spellings = (
+        text.encode("utf-16"),
+        text.encode("utf-32"),
+        text.replace(name, "\ud800").encode("utf-8", "surrogatepass"),
+    )
     write_parts(path, chance.choice(spellings), data)
 
 
@@ -256,7 +289,13 @@ def odd_metadata(chance, folder):
     header, data = read_parts(path)
     deep = json.loads("[" * 500 + "]" * 500)
     odd = (None, [], "pt", {"format": 5}, {"format": None}, {"a": {"b": "c"}}, {"deep": deep}, {"x" * 10**6: "y"})
-    texts = ({"config": "{" * 90_000}, {"config": "9" * 5000}, {"config": "[1]"}, {"config": '{"dim": NaN}'}, {"config": ""})
+    texts = (
+        {"config": "{" * 90_000},
+        {"config": "9" * 5000},
+        {"config": "[1]"},
+        {"config": '{"dim": NaN}'},
+        {"config": ""},
+    )
     header["__metadata__"] = chance.choice((*odd, *texts))
     write_parts(path, header, data)
 
@@ -274,8 +313,21 @@ def very_many_empty_tensors(chance, folder):
 def names_of_tensors(chance, folder):
     """Odd ones among the right ones: they are shown in messages."""
     path = any_file(chance, folder)
-    odd = ("", "\n", "a\x1b[31mred", "\u202egnp", "x" * 100_000, "../../x", "%s%n{0}", "blocks.-1.x", "a\0b", "."
-           , "blocks.99999999999999999999.norm3.weight", "stack.blocks.0", "blocks." * 2000)
+    odd = (
+        "",
+        "\n",
+        "a\x1b[31mred",
+        "\u202egnp",
+        "x" * 100_000,
+        "../../x",
+        "%s%n{0}",
+        "blocks.-1.x",
+        "a\0b",
+        ".",
+        "blocks.99999999999999999999.norm3.weight",
+        "stack.blocks.0",
+        "blocks." * 2000,
+    )
     header, data = read_parts(path)
     name = chance.choice(odd)
     if chance.random() < 0.5:
@@ -380,7 +432,7 @@ def other_names(chance, folder):
         lambda name: name.replace(".", "/"),
         lambda name: name + ".weight",
         lambda name: name.replace("blocks.0.", "blocks.00."),
-        lambda name: name.replace("1", "١"),
+        lambda name: name.replace("1", "\u0661"),
         lambda name: f"first_stage_model.{name}",
     )
     way = chance.choice(ways)
@@ -398,7 +450,16 @@ def tensors_of_other_tools(chance, folder):
 
     def edit(weights):
         name = any_floats(chance, weights)
-        suffixes = (".scale_weight", ".weight_scale", ".lora_A.weight", "_ema", ".absmax", ".quant_map", ".qweight", ".zeros")
+        suffixes = (
+            ".scale_weight",
+            ".weight_scale",
+            ".lora_A.weight",
+            "_ema",
+            ".absmax",
+            ".quant_map",
+            ".qweight",
+            ".zeros",
+        )
         base = name.removesuffix(".weight")
         shape = chance.choice(((), (1,), (3, 5), (0,)))
         weights[base + chance.choice(suffixes)] = torch.ones(shape) * chance.choice((1.0, float("nan"), 0.0))

@@ -153,7 +153,13 @@ def something_around_the_zip(chance, folder):
     """Zips are read from their end: what stands before is allowed."""
     path = any_pickle(chance, folder)
     content, more = path.read_bytes(), chance.randbytes(chance.choice((1, 64, 4096)))
-    ways = (more + content, content + more, b"#!/bin/sh\n" + content, content + b"PK\x05\x06" + bytes(18), content + content)
+    ways = (
+        more + content,
+        content + more,
+        b"#!/bin/sh\n" + content,
+        content + b"PK\x05\x06" + bytes(18),
+        content + content,
+    )
     path.write_bytes(chance.choice(ways))
     return ANY
 
@@ -177,7 +183,9 @@ def a_zip_of_something_else(chance, folder):
 def a_pth_cut_short(chance, folder):
     path = any_pickle(chance, folder)
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: chance.choice((0, 2, 3, 4, 30, size // 3, size - 1, size - 22, chance.randrange(size)))])
+    path.write_bytes(
+        path.read_bytes()[: chance.choice((0, 2, 3, 4, 30, size // 3, size - 1, size - 22, chance.randrange(size)))]
+    )
 
 
 @KINDS.add(ANY)
@@ -197,7 +205,9 @@ def an_archive_of_another_kind(chance, folder):
         info = tarfile.TarInfo(chance.choice(("pickle", "storages", path.name)))
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
-    path.write_bytes(chance.choice((box.getvalue(), zlib.compress(content), b"\x1f\x8b" + content, b"7z\xbc\xaf" + content)))
+    path.write_bytes(
+        chance.choice((box.getvalue(), zlib.compress(content), b"\x1f\x8b" + content, b"7z\xbc\xaf" + content))
+    )
 
 
 # --- the pickle ----------------------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ def calls_that_are_forbidden(chance, folder):
 
 @KINDS.add(BAD)
 def pickles_that_never_end(chance, folder):
-    """Small ones that take exponential time or memory: tuples of tuples as a name, texts and lists that claim a size."""
+    """Small ones that take exponential time or memory: tuples of tuples, texts and lists that claim a size."""
     doubled = b")" + b"".join((b"q%c\x30h%ch%c\x86" % (i, i, i)) for i in range(60))
     ways = (
         b"\x80\x02}" + doubled + b"K\x01s.",
@@ -269,7 +279,9 @@ def pickles_that_never_end(chance, folder):
 @KINDS.add(BAD)
 def pickles_of_opcodes_by_chance(chance, folder):
     body = bytes(chance.choice(b"}](t.NKX)Rcqhsuae0\x85\x86\x87\x88\x80") for _ in range(chance.randrange(3, 60)))
-    replace_pickle(any_pickle(chance, folder), b"\x80" + chance.choice((b"\x02", b"\x05", b"\x00", b"\xff")) + body + b".")
+    replace_pickle(
+        any_pickle(chance, folder), b"\x80" + chance.choice((b"\x02", b"\x05", b"\x00", b"\xff")) + body + b"."
+    )
 
 
 @KINDS.add(ANY)
@@ -309,7 +321,9 @@ def another_object(chance, folder):
 @KINDS.add(BAD)
 def a_pickle_of_classes(chance, folder):
     """A whole module, as torch.save writes it: it needs code to be read."""
-    torch.save(chance.choice((torch.nn.Linear(2, 2), {"model": torch.nn.Linear(2, 2)}, Path("x"))), any_pickle(chance, folder))
+    torch.save(
+        chance.choice((torch.nn.Linear(2, 2), {"model": torch.nn.Linear(2, 2)}, Path("x"))), any_pickle(chance, folder)
+    )
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -324,8 +338,15 @@ def the_same_in_another_form(chance, folder):
         lambda: resave(path, lambda weights: {"state_dict": weights}),
         lambda: resave(path, OrderedDict),
         lambda: resave(path, lambda weights: {name: torch.nn.Parameter(value) for name, value in weights.items()}),
-        lambda: resave(path, lambda weights: {name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in weights.items()}),
-        lambda: resave(path, lambda weights: {name: torch.cat([value[None]] * 2)[1] for name, value in weights.items()}),
+        lambda: resave(
+            path,
+            lambda weights: {
+                name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in weights.items()
+            },
+        ),
+        lambda: resave(
+            path, lambda weights: {name: torch.cat([value[None]] * 2)[1] for name, value in weights.items()}
+        ),
         lambda: resave(path, lambda weights: None, pickle_protocol=4),
     )
     chance.choice(forms)()

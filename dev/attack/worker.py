@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder, whose modules have everyday names
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -78,7 +77,10 @@ def film(path: str) -> dict[str, Any]:
             block, rate = frame.to_ndarray(), frame.sample_rate
             sound.update(block.tobytes())
             scale = float(np.iinfo(block.dtype).max) if block.dtype.kind == "i" else 1.0
-            samples, squares = samples + frame.samples, squares + float((block / scale).__pow__(2).mean()) * frame.samples
+            samples, squares = (
+                samples + frame.samples,
+                squares + float((block / scale).__pow__(2).mean()) * frame.samples,
+            )
     count, total, square = sums
     mean = total / max(count, 1)
     return {
@@ -165,7 +167,8 @@ def start(arguments: list[str], log: str) -> dict[str, Any]:
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, errors="backslashreplace")
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
         code = command_line(arguments)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
