@@ -7,11 +7,12 @@
                                                     and, where Chromium is found, in its page
     python3 dev/run.py newer [PYTEST ARGUMENTS]     the tests of the nodes in a newer ComfyUI
     python3 dev/run.py gpu [PART ...] [--out DIR]   what only a GPU shows: tests, all settings, a run of real size
+    python3 dev/run.py attack [CLASS ...]           damaged files, odd prompts, kills and rivals by chance: what breaks
     python3 dev/run.py verify tests/golden          any command of python -m wan_s2v_core
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
 it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy,
-serve, test, newer and gpu; the other commands do without. COMFYUI_PATH=FOLDER lets test and gpu use any checkout of
+serve, test, newer, attack and gpu; the other commands do without. COMFYUI_PATH=FOLDER lets test and gpu use any checkout of
 ComfyUI: what that one asks for is put into an environment of its own. gpu takes the Python that it is called with, and
 sets nothing up, where COMFYUI_PATH is given and that Python has a torch that sees the GPU.
 """
@@ -97,9 +98,10 @@ def start(command: str, arguments: list[str]) -> int:
         return test(arguments, Path(os.environ.get("COMFYUI_PATH") or COMFYUI).resolve())
     if command == "newer":
         return test_suites((PACK,), arguments, set_up_newer_comfyui())
+    if command == "attack":
+        return run(python_for(COMFYUI), ROOT / "dev" / "attack", *arguments, folder=Path.cwd())
     if command in comfy_demo.COMMANDS:
-        python_for(COMFYUI)
-        return run(PYTHON, ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
+        return run(python_for(COMFYUI), ROOT / "dev" / "comfy_demo.py", command, *arguments, folder=Path.cwd())
     return run(PYTHON, "-m", "wan_s2v_core", command, *arguments)
 
 
