@@ -12,7 +12,7 @@
 
 Needs Python 3.10 or newer with venv and pip, and nothing else. The first run installs PyTorch as constraints.txt pins
 it, which is several GB with CUDA on machines that have no CPU build of it. ComfyUI comes with the first of comfy,
-serve, test, newer, attack and gpu; the other commands do without. COMFYUI_PATH=FOLDER lets test and gpu use any checkout of
+serve, test, newer, attack and gpu; the others do without. COMFYUI_PATH=FOLDER lets test and gpu use any checkout of
 ComfyUI: what that one asks for is put into an environment of its own. gpu takes the Python that it is called with, and
 sets nothing up, where COMFYUI_PATH is given and that Python has a torch that sees the GPU.
 """
