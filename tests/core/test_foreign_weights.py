@@ -239,6 +239,18 @@ def test_whole_numbers_are_no_weights(folder, name):
     refused(lambda: load_transformer(folder), name, "torch.int16")
 
 
+def test_one_tensor_read_as_another_type_of_its_size(folder, caplog):
+    """A file may be so, and a header with a wrong type looks like it."""
+    load_transformer(folder)
+    assert not caplog.records
+    weights = load_file(folder / SHARD)
+    name = next(name for name, value in weights.items() if value.ndim == 2)
+    save_file(weights | {name: weights[name].view(torch.float16)}, folder / SHARD)
+    load_transformer(folder)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "1 tensors are float16 and" in line and name in line
+
+
 # --- configs, indexes, tokenizers --------------------------------------------------------------------------------
 
 

@@ -258,6 +258,7 @@ def fill(
             len(report.unexpected),
             shown(report.unexpected[0]),
         )
+    warn_of_types(part)
     for name in list(network.state_dict()):
         if (inner := name.removeprefix(WRAPPED)) in TIED_TEXT_NAMES:
             continue
@@ -272,6 +273,20 @@ def fill(
     network.requires_grad_(False).eval()
     assert not any(t.is_meta for t in (*network.parameters(), *network.buffers())), "a tensor has no name in the file"
     log.info("%s: %d tensors as %s on %s", part.weights.path, report.matched, dtype, device)
+
+
+def warn_of_types(part: Part) -> None:
+    """Say that weights are both float16 and bfloat16, of one size: hardly a file is, a damaged one may look so."""
+    named = {entry.dtype: name for name, entry in part.found.entries.items()}
+    if torch.float16 in named and torch.bfloat16 in named:
+        counts = part.weights.dtypes()
+        log.warning(
+            "%s: %d tensors are float16 and %d bfloat16, such as %s and %s. If pictures are wrong, download it again",
+            part.weights.path,
+            counts["float16"],
+            counts["bfloat16"],
+            *(shown(named[dtype]) for dtype in (torch.float16, torch.bfloat16)),
+        )
 
 
 def set_types(network: nn.Module, dtype: torch.dtype) -> nn.Module:
