@@ -68,9 +68,11 @@ class Home:
 
     @torch.inference_mode(False)  # weights must serve outside of it as well
     def send(self, upload: Upload) -> None:
-        """Copy them to a device, where the network then uses them."""
+        """Copy those to a device that are not there, where the network then uses them."""
         copies: dict[int, Tensor] = {}
         for place in self.places:
+            if place.data.device == upload.device:
+                continue
             if id(place.tensor) not in copies:
                 copies[id(place.tensor)] = target = torch.empty_like(place.data, device=upload.device)
                 upload.copy(place.data, target)
