@@ -203,8 +203,7 @@ def peak_of(samples: Tensor) -> float:
     """The largest sample, without regard to its sign; not a number if one is not."""
     if not samples.numel():
         return 0.0
-    lowest, highest = samples.aminmax()
-    return float(torch.maximum(-lowest, highest))
+    return float(torch.maximum(-samples.amin(), samples.amax()))  # aminmax copies what is not contiguous
 
 
 def as_voice(recording: Recording, origin: str) -> Recording:
