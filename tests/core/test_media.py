@@ -200,7 +200,7 @@ def bad_sounds(folder: Path) -> dict[str, tuple[Path, str]]:
     write_wav(folder / "header.wav", torch.zeros(1, 0), 16000)
     write_video(folder / "silent.mp4", random_frames(3))
     return {
-        "missing": (folder / "none.wav", "not there|No such file"),
+        "missing": (folder / "none.wav", "not there"),
         "folder": (folder, "is a folder"),
         "text": (folder / "text.wav", "cannot be opened"),
         "empty": (folder / "empty.wav", "0 bytes"),
@@ -610,7 +610,7 @@ def test_videos_that_cannot_be_read_are_named(tmp_path, case):
     paths["sound"] = write_wav(tmp_path / "sound.wav", random_sound(1, 800), 16000)
     for read in (lambda path: read_frames(path, 16, 0, 4), probe_video):
         with pytest.raises(
-            ConfigError, match=r"not there|No such file|is a folder|cannot be opened|0 bytes|no video stream"
+            ConfigError, match=r"not there|is a folder|cannot be opened|0 bytes|no video stream"
         ) as caught:
             read(paths[case])
         assert str(paths[case]) in str(caught.value)

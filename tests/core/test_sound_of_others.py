@@ -60,7 +60,8 @@ def tracks(path: Path, *sounds: Tensor, layouts=("mono",), default=None, codec="
     with av.open(str(path), "w") as container:
         streams = [container.add_stream(codec, rate=RATE, layout=layout) for layout in layouts]
         for number, stream in enumerate(streams):
-            stream.disposition = int(number == default)
+            if default is not None:
+                stream.disposition = int(number == default)
         for stream, sound in zip(streams, sounds, strict=True):
             pcm = (sound.T.contiguous().numpy() * 32767).astype(np.int16).reshape(1, -1)
             frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout=stream.layout.name)
@@ -323,6 +324,7 @@ def test_ordinary_stereo_is_the_mean_of_its_channels(caplog, delay_ms):
 # Tracks
 
 
+@pytest.mark.skipif(not hasattr(av.stream, "Disposition"), reason="this PyAV does not tell marks of streams")
 def test_the_default_track_is_heard(tmp_path, caplog):
     game, speech = torch.zeros(2, RATE) + 0.01, voice(1)[None]
     path = tracks(tmp_path / "screen.mkv", game, speech, layouts=("stereo", "mono"), default=1)

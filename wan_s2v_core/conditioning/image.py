@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shown_path
 from ..io.media import LARGEST_AREA_PX
 from ..io.pictures import decode_picture
 
@@ -19,7 +19,7 @@ def read_picture(path: str | Path) -> Tensor:
     Raises:
         ConfigError: if it is missing, no picture, or of an unreasonable size.
     """
-    return decode_picture(path, lambda height, width: check_sides(height, width, shown(path)))
+    return decode_picture(path, lambda height, width: check_sides(height, width, shown_path(path)))
 
 
 def check_sides(height_px: int, width_px: int, origin: str) -> None:

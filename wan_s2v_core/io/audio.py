@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shown, shown_path
 from .host_memory import free_ram_bytes
-from .media import CURE, LONGEST_PATH, best_stream, decoded_frames, import_av, open_media
+from .media import CURE, best_stream, decoded_frames, import_av, open_media
 from .mixing import Mix
 from .outside import foreign_parser
 
@@ -203,8 +203,7 @@ def peak_of(samples: Tensor) -> float:
     """The largest sample, without regard to its sign; not a number if one is not."""
     if not samples.numel():
         return 0.0
-    lowest, highest = samples.aminmax()
-    return float(torch.maximum(-lowest, highest))
+    return float(torch.maximum(-samples.amin(), samples.amax()))  # aminmax copies what is not contiguous
 
 
 def as_voice(recording: Recording, origin: str) -> Recording:
@@ -244,7 +243,7 @@ def read_recording(path: str | Path, start_seconds: float = 0.0, seconds: float 
             memory does not hold it.
     """
     path = Path(path)
-    name = shown(path, LONGEST_PATH)
+    name = shown_path(path)
     check_stretch(start_seconds, seconds)
     kept: _Growing | None = None
     dropped, position, rate, names = 0, 0, 0, ()
@@ -350,7 +349,7 @@ def sound_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
 
 def _named_blocks(path: Path) -> Iterator[tuple[np.ndarray, int, tuple[str, ...]]]:
     """The same with the names of the channels."""
-    shape, clock = None, _Clock(name := shown(path, LONGEST_PATH))
+    shape, clock = None, _Clock(name := shown_path(path))
     with open_media(path) as container:
         for frame in decoded_frames(container, best_stream(container, "audio", path), path):
             rate = frame.sample_rate

@@ -29,37 +29,41 @@ KNEE = 0.8
 """Of white; brighter parts of HDR are pressed into what is left above."""
 
 
-def picture_of(frame: Any, size: tuple[int, int] | None = None, pixel_shape: float = 1.0) -> Tensor:
-    """H W 3 uint8 of one decoded frame.
+def picture_of(frame: Any, stream: Any, size: tuple[int, int] | None = None) -> Tensor:
+    """H W 3 uint8 of one decoded frame of a stream.
 
     Args:
         size: width and height of the stored picture before it is turned, None for what `shown_size` says.
-        pixel_shape: width of a stored pixel by its height.
     """
-    width, height = size or shown_size(frame.width, frame.height, pixel_shape)
+    width, height = size or shown_size(frame.width, frame.height, pixel_shape(stream))
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    bright = getattr(frame, "color_trc", 0) in (PQ, HLG)
+    coded = frame if hasattr(frame, "color_trc") else stream.codec_context  # PyAV 14.0 tells it of the stream alone
+    bright = coded.color_trc in (PQ, HLG)
     kind = "rgb48" + ("le" if sys.byteorder == "little" else "be") if bright else "rgba" if has_alpha else "rgb24"
     source = MATRICES.get(int(frame.colorspace), BT601)
     if source not in import_av().video.reformatter.Colorspace.__members__:
         source = BT709  # PyAV 14.0 has no BT.2020, to which this is nearest
-    other = BT601 if source == BT709 else BT709
-    # RGB has no matrix, but PyAV 14.0 applies that of the source only where the two differ.
+    # RGB has no matrix, but PyAV 14.0 applies that of the source only where the two differ, also to stored RGB.
+    other = source if frame.format.is_rgb else BT601 if source == BT709 else BT709
     resized = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "BICUBIC"}
     made = frame.reformat(width, height, kind, src_colorspace=source, dst_colorspace=other, **resized)
     pixels = torch.from_numpy(np.ascontiguousarray(turned(made.to_ndarray(), matrix_of(frame))))
     if bright:
-        return to_sdr(pixels.numpy(), frame.color_trc, int(frame.color_primaries) == BT2020_PRIMARIES)
+        return to_sdr(pixels.numpy(), coded.color_trc, int(coded.color_primaries) == BT2020_PRIMARIES)
     if has_alpha:
         return (pixels[..., :3].float() * (pixels[..., 3:].float() / 255)).round().to(torch.uint8)
     return pixels
 
 
-def shown_size(width: int, height: int, pixel_shape: float, largest_area: int = LARGEST_AREA_PX) -> tuple[int, int]:
+def pixel_shape(stream: Any) -> float:
+    """Width of a stored pixel by its height."""
+    shape = float(stream.sample_aspect_ratio or 1)
+    return shape if 1 / WIDEST_PIXEL <= shape <= WIDEST_PIXEL else 1.0
+
+
+def shown_size(width: int, height: int, shape: float, largest_area: int = LARGEST_AREA_PX) -> tuple[int, int]:
     """Width and height with square pixels, no larger than an area."""
-    if not 1 / WIDEST_PIXEL <= pixel_shape <= WIDEST_PIXEL:
-        pixel_shape = 1.0
-    wide, high = width * max(1.0, pixel_shape), height * max(1.0, 1 / pixel_shape)
+    wide, high = width * max(1.0, shape), height * max(1.0, 1 / shape)
     scale = min(1.0, (largest_area / (wide * high)) ** 0.5)
     return max(1, round(wide * scale)), max(1, round(high * scale))
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import BackendUnavailable, ConfigError, shown
+from ..errors import BackendUnavailable, ConfigError, shown_path
 from .outside import file_size, foreign_parser
 
 log = logging.getLogger(__name__)
 
-LONGEST_PATH = 300
-"""Characters of a path in a message."""
 LARGEST_SHORTFALL_SECONDS = 0.5
 LARGEST_AREA_PX = 64_000_000
 """Of a picture and of a frame of a video: 8K has 33 million pixels."""
@@ -58,7 +56,7 @@ def open_media(path: Path) -> Iterator[Any]:
     Raises:
         ConfigError: if it is missing, empty, no regular file, not readable or of no known format.
     """
-    name = shown(path, LONGEST_PATH)
+    name = shown_path(path)
     if not file_size(path):
         raise ConfigError(f"{name} is empty (0 bytes). The copy or download may have been cut short: fetch it again.")
     av = import_av()
@@ -82,7 +80,7 @@ def best_stream(container: Any, kind: str, path: Path) -> Any:
         ConfigError: if there is none that can be decoded here, or its pictures are too large.
     """
     streams = [s for s in container.streams if s.type == kind and not _marks(s) & COVER]
-    name = shown(path, LONGEST_PATH)
+    name = shown_path(path)
     if not streams:
         found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise ConfigError(f"{name} has no {kind} stream (streams found: {found}). Use a file with one.")
@@ -132,7 +130,7 @@ def decoded_frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
     Raises:
         ConfigError: if nothing can be decoded.
     """
-    av, name = import_av(), shown(path, LONGEST_PATH)
+    av, name = import_av(), shown_path(path)
     stream.thread_type = "AUTO"
     packets, kept, broken = container.demux(stream), 0.0, None
     while True:

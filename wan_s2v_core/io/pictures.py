@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shown, shown_path
 from .outside import file_size, foreign_parser
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def decode_picture(path: str | Path, check_size: Callable[[int, int], None]) -> 
     from PIL import Image
 
     if not file_size(path, LARGEST_FILE_BYTES):
-        raise ConfigError(f"{shown(path)} is empty (0 bytes). Fetch the picture again.")
+        raise ConfigError(f"{shown_path(path)} is empty (0 bytes). Fetch the picture again.")
     Image.init()
     formats = [name for name in FORMATS.split() if name in Image.OPEN]
     with warnings.catch_warnings(), foreign_parser(path, CURE):
@@ -48,7 +48,8 @@ def decode_picture(path: str | Path, check_size: Callable[[int, int], None]) -> 
         try:
             image = Image.open(path, formats=formats)
         except Image.UnidentifiedImageError as error:
-            raise ConfigError(f"{shown(path)} cannot be read as a picture: its format is unknown. {CURE}") from error
+            reason = "cannot be read as a picture: its format is unknown"
+            raise ConfigError(f"{shown_path(path)} {reason}. {CURE}") from error
         with image:
             check_size(image.height, image.width)
             image.load()
@@ -74,7 +75,7 @@ def _orientation(image: Any, path: str | Path) -> int | None:
     try:
         return wanted.get(image.getexif().get(ORIENTATION))
     except Exception as error:  # whatever a damaged EXIF makes Pillow raise: the pixels are there all the same
-        log.warning("%s has a damaged EXIF block (%s); it is not turned", shown(path), shown(error))
+        log.warning("%s has a damaged EXIF block (%s); it is not turned", shown_path(path), shown(error))
         return None
 
 
@@ -139,7 +140,7 @@ def _in_srgb(image: Any, profile: bytes | None, path: str | Path) -> Any:
         try:
             return _by_profile(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
         except Exception as error:  # a damaged profile makes Pillow raise several kinds; viewers pass it over too
-            log.warning("the colour profile of %s cannot be used (%s); sRGB is assumed", shown(path), shown(error))
+            log.warning("the colour profile of %s cannot be used (%s); sRGB is assumed", shown_path(path), shown(error))
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, ConfigError, shown
 from .audio import Recording, check_recording, layout_name, resample, sound_blocks, sound_frame
-from .display import picture_of, shown_size
+from .display import picture_of, pixel_shape, shown_size
 from .media import CURE, best_stream, decoded_frames, import_av, open_media
 from .outside import foreign_parser
 
@@ -392,10 +392,9 @@ def _pictures_on_clock(path: Path, rate: Fraction, start_frame: int) -> Iterator
     index, size = start_frame, None
     with open_media(path) as container:
         stream = best_stream(container, "video", path)
-        shape = float(stream.sample_aspect_ratio or 1)
         for frame, until in _shown_frames(container, stream, path):
             # Some videos change their size on the way; all frames take that of the first.
-            size = size or shown_size(frame.width, frame.height, shape, LARGEST_DRIVING_AREA_PX)
+            size = size or shown_size(frame.width, frame.height, pixel_shape(stream), LARGEST_DRIVING_AREA_PX)
             picture = _as_shown(frame, stream, path, size) if index / rate < until else None
             while index / rate < until:
                 yield picture
@@ -445,7 +444,7 @@ def timed_frames(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any,
 def _as_shown(frame: Any, stream: Any, path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """H W 3 uint8 of one decoded frame."""
     with foreign_parser(path, CURE):
-        return picture_of(frame, size, float(stream.sample_aspect_ratio or 1))
+        return picture_of(frame, stream, size)
 
 
 def read_header(path: str | Path) -> VideoHeader:
