@@ -209,7 +209,9 @@ def test_clips_are_seen_before_and_while_they_are_made(
     assert page["settled"].startswith(words["quick"]) and page["status"] == "success"
     during = page["during"]
     assert during["ended"] is None, "a clip plays before the run has ended"
-    assert during["width"] == 64 and during["muted"] and during["seconds"] == pytest.approx(17 / 16, abs=0.1)
+    assert during["width"] == 64 and during["muted"]
+    first, others = 17 / 16, 20 / 16  # where the cores are busy the second clip is there when one is looked at
+    assert min(abs(during["seconds"] - first), abs(during["seconds"] - others)) < 0.1
     assert during["label"].startswith(words["clip"]) and during["told"].startswith(words["quick"])
     assert page["after"].splitlines()[-1] in ("3 of 3 clips finished", "已完成 3/3 个片段")
     assert len(page["others"]) >= 2, "after the newest the others play in turn"
