@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
+import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
+from ..wan_s2v_core.conditioning.keys import ClipKeys
 from ..wan_s2v_core.config import ALWAYS, DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
 from ..wan_s2v_core.errors import ConfigError, shown
-from ..wan_s2v_core.io.clip_folders import delete_leftovers, new_folder
-from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clips_in, find_earlier, read_settings
-from ..wan_s2v_core.io.outside import inside
+from ..wan_s2v_core.io.clip_folders import delete_leftovers, delete_saved, new_folder, sweep_locks
+from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clip_path, clips_in, find_earlier, read_settings
+from ..wan_s2v_core.io.locks import held, lock_of, sweep
+from ..wan_s2v_core.io.outside import check_path, inside
+from ..wan_s2v_core.io.video import SPARE_NAME_BYTES
 from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
 from ..wan_s2v_core.memory.placement import Placement
@@ -42,6 +45,7 @@ from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
 from ..wan_s2v_core.warm_up import WarmUp, first_run_steps
 from .limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
+from .made import MADE
 
 log = logging.getLogger(__name__)
 
@@ -499,20 +503,52 @@ def clips_root() -> Path:
     return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
 
 
-def find_clips(keys: Sequence[str]) -> EarlierClips | None:
+def find_clips(keys: ClipKeys) -> EarlierClips | None:
     """The longest beginning of a video in the output folder."""
     root = clips_root()
-    return find_earlier(sorted(root.iterdir()), keys) if root.is_dir() else None
+    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return find_earlier(folders, keys, keys.size)
 
 
-def clips_folder(earlier: EarlierClips | None) -> Path:
-    """Where the clips of a run are kept: that of a run which ended early and only had clips of this video, or a new
-    one. Clips of a run that did not end early, or that are to be kept, stay what they are."""
+def clips_folder(earlier: EarlierClips | None, clips: int) -> Path:
+    """Where the clips of a run are kept: that of a run which made the same video, or ended early and only had clips of
+    this one; or a new one. Clips of another video, or that are to be kept, stay what they are.
+
+    Args:
+        clips: of the whole video.
+    """
     if earlier and earlier.is_all:
         before = read_settings(earlier.folder)
-        if clips_in(earlier.folder) < before.get("clips", 0) and not before.get("keep_clips"):
+        planned = before.get("clips")
+        ended_early = isinstance(planned, int) and clips_in(earlier.folder) < planned
+        if before.get("keep_clips") is False and (ended_early or earlier.clips == clips):
             return earlier.folder
     return new_folder(clips_root())
+
+
+@contextlib.contextmanager
+def clips_begun(keys: ClipKeys) -> Iterator[tuple[Path, EarlierClips | None]]:
+    """A folder for the clips of a video, in which no other server works meanwhile, and the clips to begin with.
+
+    Raises:
+        ConfigError: if the output folder cannot be written to.
+    """
+    try:
+        clips_root().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{shown(clips_root())} cannot be made ({error.strerror}). Make room, or move it.") from error
+    earlier = find_clips(keys)
+    with contextlib.ExitStack() as stack:
+        folder = clips_folder(earlier, len(keys))
+        try:
+            stack.enter_context(held(folder))
+        except ConfigError:  # another server is at it
+            folder = new_folder(clips_root())
+            stack.enter_context(held(folder))
+        if earlier and not clip_path(earlier.folder, earlier.clips - 1).is_file():  # it has just been deleted there
+            earlier, folder = None, new_folder(clips_root())
+            stack.enter_context(held(folder))
+        yield folder, earlier
 
 
 IN_USE: weakref.WeakSet[StoredClips] = weakref.WeakSet()
@@ -521,18 +557,39 @@ IN_USE: weakref.WeakSet[StoredClips] = weakref.WeakSet()
 
 def make_room(gigabytes: int, current: Path) -> None:
     """Delete what earlier runs left behind beyond so many GB, oldest first, but nothing in use; 0 deletes nothing."""
+    sweep_locks(clips_root())
     if gigabytes:
-        delete_leftovers(clips_root(), gigabytes * 1e9, {current, *(clips.folder for clips in IN_USE)})
+        forget(delete_leftovers(clips_root(), gigabytes * 1e9, {current, *(clips.folder for clips in IN_USE)}))
 
 
 def let_go(clips: StoredClips) -> None:
-    """The clips have become a file: their folder may go when ComfyUI no longer keeps them, unless it is to stay."""
-    if not clips.settings["keep_clips"]:
-        weakref.finalize(clips, shutil.rmtree, clips.folder, ignore_errors=True)
+    """The clips have become a file. They stay until the next ones do, so that the same video in another format or under
+    another name samples nothing; those of earlier videos go, but for what ComfyUI still has among its results."""
+    clips.mark_saved()
+    forget(delete_saved(clips_root(), {clips.folder, *(other.folder for other in IN_USE)}))
+
+
+def forget(folders: list[Path]) -> None:
+    """Folders of clips have been deleted."""
+    for folder in folders:
+        MADE.forget(folder)
+
+
+@contextlib.contextmanager
+def in_use(clips: StoredClips) -> Iterator[None]:
+    """Within, no other server deletes the clips."""
+    lock = lock_of(clips.folder)
+    with contextlib.suppress(OSError):
+        lock.acquire()  # where another one reads them too, it is as good
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises ConfigError if a file name prefix leads out of ComfyUI's output folder or names no file."""
+    """Raises ConfigError if a file name prefix leads out of ComfyUI's output folder, or is none for a file."""
+    check_path("filename_prefix", prefix, SPARE_NAME_BYTES)
     path = inside(folder_paths.get_output_directory(), prefix)
     if path is None or not Path(prefix).name.strip(". "):
         raise ConfigError(
@@ -564,6 +621,8 @@ def new_output(prefix: str, suffix: str, width_px: int, height_px: int) -> Itera
     root = folder_paths.get_output_directory()
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width_px, height_px)
+        for unfinished in sweep(Path(folder), rf"{re.escape(name)}_\d+_"):  # of servers that were killed
+            remove_empty(Path(folder) / f"{unfinished}{suffix}")
         while True:
             path = Path(folder) / f"{name}_{counter:05}_{suffix}"
             try:
@@ -573,13 +632,20 @@ def new_output(prefix: str, suffix: str, width_px: int, height_px: int) -> Itera
                 counter += 1
     except OSError as error:
         raise ConfigError(
-            f"filename_prefix={prefix!r} cannot be used ({error.strerror}). Use another name, or make room."
+            f"filename_prefix={shown(prefix)!r} cannot be used ({error.strerror}). Use another name, or make room."
         ) from error
     try:
         yield path, subfolder
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def remove_empty(path: Path) -> None:
+    """Remove the file that stood for one under way."""
+    with contextlib.suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
 
 
 def frame_reporter(frames: int) -> Callable[[int], None]:

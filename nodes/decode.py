@@ -12,6 +12,7 @@ from ..wan_s2v_core.io.clip_store import StoredClips
 from ..wan_s2v_core.io.video import DEFAULT_PRESET, video_preset, video_presets
 from ..wan_s2v_core.render import write_video
 from . import bridge
+from .made import MADE
 from .sockets import S2VClips, audio_of, check_link, found_by
 
 CATEGORY = "WanS2V/video"
@@ -47,9 +48,10 @@ class DecodeClips(io.ComfyNode):
             )
         images = torch.empty(clips.frames, clips.height_px, clips.width_px, 3)
         position = 0
-        for frames in clips:
-            torch.div(frames, 255, out=images[position : position + len(frames)])
-            position += len(frames)
+        with bridge.in_use(clips):
+            for frames in clips:
+                torch.div(frames, 255, out=images[position : position + len(frames)])
+                position += len(frames)
         return io.NodeOutput(images, audio_of(clips.recording, clips.frames / clips.fps), float(clips.fps))
 
 
@@ -79,7 +81,7 @@ class SaveVideo(io.ComfyNode):
                 ),
             ],
             outputs=[io.Video.Output(display_name="video")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -93,13 +95,21 @@ class SaveVideo(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        """Changes when a file that was made of these is gone: ComfyUI runs it again."""
+        return MADE.losses(inputs)
+
+    @classmethod
     def execute(cls, clips, filename_prefix, format) -> io.NodeOutput:
         check_link("clips", clips, StoredClips)
         check_choice("format", format, video_presets())
         suffix, size = video_preset(format).suffix, (clips.width_px, clips.height_px)
-        with bridge.new_output(filename_prefix, suffix, *size) as (path, subfolder):
+        output = bridge.new_output(filename_prefix, suffix, *size)
+        with bridge.in_use(clips), output as (path, subfolder):
             write_video(path, clips, cls._metadata(), bridge.frame_reporter(clips.frames))
         bridge.let_go(clips)
+        node = cls.hidden.unique_id
+        MADE.note([node, bridge.shown_in(node)], [path], may_change=True)
         shown = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([shown]))
 

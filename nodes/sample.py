@@ -1,11 +1,14 @@
 """All clips of a video, each carrying its motion into the next."""
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..wan_s2v_core.acceleration.experts.router import describe_experts
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
+    LARGEST_SEED,
     NOISE_BOUNDARY,
     NOISES,
     OFFLOADS,
@@ -27,6 +30,7 @@ from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_key
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
 from . import bridge
 from .clip_films import ClipFilms
+from .made import MADE
 from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by
 
 CATEGORY = "WanS2V/sampling"
@@ -101,7 +105,7 @@ class Sample(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=2**63 - 1,
+                    max=LARGEST_SEED,
                     control_after_generate=True,
                     tooltip="Clip r uses seed + r. The same seed gives the same noise on every device.",
                 ),
@@ -219,6 +223,11 @@ class Sample(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        """Changes when clips that were made of these are gone or no longer what was written: ComfyUI runs it again."""
+        return MADE.losses(inputs)
+
+    @classmethod
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
@@ -263,8 +272,8 @@ class Sample(io.ComfyNode):
             bridge.say(model.accelerated_in, attention_line(attention, plan))
         pipeline = S2VPipeline(networks, bridge.check_interrupt)
         settings = {
-            "model": model.recipe.to_dict(),
-            "low_noise_model": None if low_noise_model is None else low_noise_model.recipe.to_dict(),
+            "model": Path(model.recipe.path).name,
+            "low_noise_model": None if low_noise_model is None else Path(low_noise_model.recipe.path).name,
             "video": conditioning.video.to_dict(),
             "sampling": sampling.to_dict(),
             "routing": routing.to_dict(),
@@ -275,20 +284,22 @@ class Sample(io.ComfyNode):
         }
         job = conditioning.with_held_pose()
         keys = clip_keys(job, sampling, usable, networks.paths, networks.loading)
-        earlier = bridge.find_clips(keys)
-        store = ClipStore(bridge.clips_folder(earlier), job.video.fps, job.recording, settings, keys, earlier)
-        bridge.make_room(leftover_gb, store.folder)
-        finished = store.stored
-        if finished.clip_frames:
-            bridge.say(cls.hidden.unique_id, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
-        report = bridge.step_reporter(cls.hidden.unique_id, job, steps, len(finished.clip_frames))
-        films = ClipFilms(cls.hidden.unique_id, store, job.clips)
-        for clip in pipeline.generate(job, sampling, report, usable, finished):
-            store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)
-            films.add(frames)
+        node = cls.hidden.unique_id
+        with bridge.clips_begun(keys) as (folder, earlier):
+            store = ClipStore(folder, job.video.fps, job.recording, settings, keys, earlier)
+            bridge.make_room(leftover_gb, store.folder)
+            finished = store.stored
+            if finished.clip_frames:
+                bridge.say(node, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
+            report = bridge.step_reporter(node, job, steps, len(finished.clip_frames))
+            films = ClipFilms(node, store, job.clips)
+            for clip in pipeline.generate(job, sampling, report, usable, finished):
+                store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)
+                films.add(frames)
+            bridge.IN_USE.add(clips := store.stored)
         if usable:
-            bridge.say(cls.hidden.unique_id, f"experts, share of the tokens:\n{pipeline.expert_load}")
+            bridge.say(node, f"experts, share of the tokens:\n{pipeline.expert_load}")
         elif routing != ExpertRouting():
-            bridge.say(cls.hidden.unique_id, describe_experts(config))
-        bridge.IN_USE.add(clips := store.stored)
+            bridge.say(node, describe_experts(config))
+        MADE.note([node], clips.files, may_change=False)
         return io.NodeOutput(clips, bridge.latent_of(clips.latents(job.clips - 1)))

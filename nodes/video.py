@@ -21,6 +21,7 @@ from . import bridge
 from .decode import CATEGORY, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText
 from .load import DemoInputs, LoadCheckpoint
+from .made import MADE
 from .sample import Sample, SamplingPreset
 from .sockets import found_by
 
@@ -101,10 +102,11 @@ class TalkingVideo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint, picture, voice, image=None, audio=None, **others):
-        """The parts look at their files when they run, which they do when this has changed."""
-        return LoadCheckpoint.fingerprint_inputs(checkpoint) + bridge.files_stamp(
-            *files_of(picture, voice, image, audio)
-        )
+        """The parts look at their files when they run, which they do when this has changed; and so it has when a video
+        that was made of these is gone."""
+        given = {"checkpoint": checkpoint, "picture": picture, "voice": voice, "image": image, "audio": audio}
+        files = bridge.files_stamp(*files_of(picture, voice, image, audio))
+        return f"{LoadCheckpoint.fingerprint_inputs(checkpoint)} {files} {MADE.losses(given | others)}"
 
     @classmethod
     def execute(

@@ -5,8 +5,11 @@ usage or unreadable input; 130: stopped by the user.
 """
 
 import argparse
+import io
 import json
 import logging
+import math
+import os
 import random
 import re
 import shlex
@@ -15,10 +18,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import ALWAYS, AUTO, REFERENCE_PRESET, preset_lines
-from .errors import ConfigError, WanS2VError
+from .errors import ConfigError, WanS2VError, shown
 from .libraries import library_problem
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINE, CHECK_FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
+NEW_SEED = -1
+MOST_DIGITS = 20
+LONGEST_MESSAGE = 300
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -74,7 +80,7 @@ def run_generate(options: argparse.Namespace) -> int:
         audio=options.audio,
         image=options.image or str(embedded(PORTRAIT)),
         save_file=options.save_file or time.strftime("s2v_%Y%m%d_%H%M%S.mp4"),
-        prompt=options.prompt,
+        prompt=readable(options.prompt),
         pose_video=options.pose_video,
         audio_start=options.audio_start,
         audio_seconds=options.audio_seconds,
@@ -87,7 +93,8 @@ def run_generate(options: argparse.Namespace) -> int:
         split_experts=options.split_experts,
         noise_expert=options.noise_expert,
         cache_dir=options.cache_dir,
-        **({} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}),
+        metadata=not options.no_metadata,
+        **({} if options.negative_prompt is None else {"negative_prompt": readable(options.negative_prompt)}),
     )
     video = VideoConfig(
         max_area=parse_size(options.size),
@@ -100,7 +107,9 @@ def run_generate(options: argparse.Namespace) -> int:
         clips=options.num_clip,
         hears_past=options.hear_past,
     )
-    seed = options.base_seed if options.base_seed >= 0 else earlier_seed(Path(request.save_file))
+    if options.base_seed < NEW_SEED:
+        raise ConfigError(f"--base_seed {options.base_seed} is below {NEW_SEED}, which draws a new one. Use 0 or more.")
+    seed = earlier_seed(Path(request.save_file)) if options.base_seed == NEW_SEED else options.base_seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     sampling = sampling_of(options, seed)
@@ -295,17 +304,45 @@ def best_device() -> str:
 
 def parse_size(text: str) -> int:
     """1280*720 or 1280x720 -> the area it bounds."""
-    sides = re.fullmatch(r"(\d+)[*xX](\d+)", text.strip())
+    sides = re.fullmatch(r"([0-9]{1,9})[*xX]([0-9]{1,9})", text.strip())
     if not sides:
-        raise ConfigError(f"--size {text} is no size. Write it as 1280*720 or 832x480.")
+        raise ConfigError(f"--size {shown(text)} is no size. Write it as 1280*720 or 832x480.")
     return int(sides[1]) * int(sides[2])
+
+
+def whole(text: str) -> int:
+    """A whole number as a flag gives it; what it may be says the setting that it is for."""
+    if not re.fullmatch(r"\s*[+-]?[0-9][0-9_]*\s*", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number")
+    if len(text.strip()) > MOST_DIGITS + 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} has more than {MOST_DIGITS} digits")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A number as a flag gives it: neither infinite nor not a number."""
+    try:
+        value = float(text) if len(text) <= LONGEST_MESSAGE else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number")
+    return value
+
+
+def readable(text: str) -> str:
+    """Words of the command line where the locale cannot read them, which are UTF-8 nearly everywhere."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def yes_or_no(text: str) -> bool:
     """The reference's flags take True and False as words."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
     return words[text.lower()]
 
 
@@ -336,15 +373,15 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--save_file", help="the video; s2v_TIME.mp4 by default")
     add("--size", default="1280*720", help="bound of the area; the picture gives the aspect (default %(default)s)")
     add("--pose_video", help="driving video")
-    add("--num_clip", type=int, help="at most this many clips")
-    add("--infer_frames", type=int, default=80, help="frames of a clip, a multiple of 4 (default %(default)s)")
+    add("--num_clip", type=whole, help="at most this many clips")
+    add("--infer_frames", type=whole, default=80, help="frames of a clip, a multiple of 4 (default %(default)s)")
     presets = "; ".join(preset_lines())
     add("--preset", default=REFERENCE_PRESET, help=f"settings that the next four flags change. {presets}")
-    add("--sample_steps", type=int, help="instead of the preset's")
-    add("--sample_shift", type=float, help="3 at 480p, 5 at 720p; instead of the preset's")
+    add("--sample_steps", type=whole, help="instead of the preset's")
+    add("--sample_shift", type=number, help="3 at 480p, 5 at 720p; instead of the preset's")
     add("--sample_solver", help="unipc, dpm++ or euler; instead of the preset's")
-    add("--sample_guide_scale", type=float, help="1 or less: no guidance; instead of the preset's")
-    add("--base_seed", type=int, default=-1, help="-1: a new one, or that of a run to go on with")
+    add("--sample_guide_scale", type=number, help="1 or less: no guidance; instead of the preset's")
+    add("--base_seed", type=whole, default=NEW_SEED, help="-1: a new one, or that of a run to go on with")
     add("--dry_run", action="store_true", help="only tell how each stage would fit into the card now; exit 1: not")
     add("--start_from_ref", action="store_true", help="the video begins as the picture")
     add(
@@ -356,11 +393,13 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     )
     add("--convert_model_dtype", action="store_true", help="bfloat16 also on a CPU")
     add("--t5_cpu", action="store_true", help="text encoder on the CPU")
-    add("--audio_guide_scale", type=float, help="guidance of the voice apart from the prompt's; a third forward a step")
+    add(
+        "--audio_guide_scale", type=number, help="guidance of the voice apart from the prompt's; a third forward a step"
+    )
     add("--sigmas", default="flow", help="spacing of the noise levels: flow or karras")
-    add("--audio_start", type=float, default=0.0, help="seconds to leave out at the start of the recording")
-    add("--audio_seconds", type=float, help="seconds to use of it")
-    add("--fps", type=float, default=16.0, help="the model was trained for 16")
+    add("--audio_start", type=number, default=0.0, help="seconds to leave out at the start of the recording")
+    add("--audio_seconds", type=number, help="seconds to use of it")
+    add("--fps", type=number, default=16.0, help="the model was trained for 16")
     add("--fit", default="crop", help="picture to frame: crop, pad or reference")
     add("--timing", default="aligned", help="aligned, or reference: pictures 3 frames ahead of the sound")
     add("--clip_plan", default="audio", help="audio: as long as the sound; reference: whole clips")
@@ -375,11 +414,12 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add("--noise", default="cpu", help="cpu: the same on every device; reference: bfloat16, drawn on the device")
     add(
         "--colour_match",
-        type=float,
+        type=number,
         default=0.0,
         help="0 to 1: give every clip the picture's colours, against drift over many clips (default %(default)s)",
     )
     add("--hear_past", action="store_true", help="a clip hears what was said before it, not its first moment held")
+    add("--no_metadata", action="store_true", help="the video does not say in its comment how it was made")
     add("--keep_clips", action="store_true", help="keep the lossless clips, latents and settings next to the video")
     add(
         "--cache_dir",
@@ -388,7 +428,7 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     )
     for flag in ("dit_fsdp", "t5_fsdp", "enable_tts", "use_prompt_extend"):
         add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
-    add("--ulysses_size", type=float, default=0, help=argparse.SUPPRESS)
+    add("--ulysses_size", type=number, default=0, help=argparse.SUPPRESS)
     add_experts(make)
     add_noise_experts(make)
     add_memory(make)
@@ -403,14 +443,14 @@ def add_experts(make: argparse.ArgumentParser) -> None:
     add = experts.add_argument
     add(
         "--split_experts",
-        type=int,
+        type=whole,
         default=0,
         help="split each feed-forward of a dense model into so many experts; not faster on an H200",
     )
-    add("--moe_top_k", type=int, help="experts that a token sees; as the checkpoint says by default")
-    add("--moe_expert_capacity", type=int, help="tokens that an expert takes at once (bounds memory); all by default")
+    add("--moe_top_k", type=whole, help="experts that a token sees; as the checkpoint says by default")
+    add("--moe_expert_capacity", type=whole, help="tokens that an expert takes at once (bounds memory); all by default")
     add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
-    add("--moe_gate_dropout", type=float, default=0.0, help="share of expert choices to hide; lowers fidelity")
+    add("--moe_gate_dropout", type=number, default=0.0, help="share of expert choices to hide; lowers fidelity")
 
 
 def add_speed(make: argparse.ArgumentParser) -> None:
@@ -428,7 +468,7 @@ def add_speed(make: argparse.ArgumentParser) -> None:
     )
     add(
         "--sparse_keep",
-        type=float,
+        type=number,
         default=usual.sparse_keep,
         help="share of attention that is computed; lossy below 1 (default %(default)s)",
     )
@@ -440,13 +480,13 @@ def add_speed(make: argparse.ArgumentParser) -> None:
     )
     add(
         "--sparse_dense_steps",
-        type=int,
+        type=whole,
         default=usual.sparse_dense_steps,
         help="first steps of a clip that compute all of it (default %(default)s)",
     )
     add(
         "--sparse_dense_blocks",
-        type=int,
+        type=whole,
         default=usual.sparse_dense_blocks,
         help="first blocks that do (default %(default)s)",
     )
@@ -473,15 +513,17 @@ def add_memory(make: argparse.ArgumentParser) -> None:
         "memory", "decided by what is free; results are the same up to rounding, whatever is chosen here"
     )
     add = memory.add_argument
-    add("--vram_limit_gb", type=float, metavar="GB", help="as if the card had so much, such as 8 or 12")
-    add("--resident_blocks", type=int, metavar="N", help="blocks of the DiT that stay on the card; others come and go")
-    add("--slice_tokens", type=int, metavar="N", help="tokens that the DiT computes at once; 0: all")
+    add("--vram_limit_gb", type=number, metavar="GB", help="as if the card had so much, such as 8 or 12")
+    add(
+        "--resident_blocks", type=whole, metavar="N", help="blocks of the DiT that stay on the card; others come and go"
+    )
+    add("--slice_tokens", type=whole, metavar="N", help="tokens that the DiT computes at once; 0: all")
     add(
         "--t5_precision",
         default=AUTO,
         help="float8-weights: 7.8 instead of 11.4 GB for the text encoder, lossy (default %(default)s)",
     )
-    add("--vae_tile", type=int, metavar="PX", help="side of the VAE's tiles, a multiple of 8; 0: whole pictures")
+    add("--vae_tile", type=whole, metavar="PX", help="side of the VAE's tiles, a multiple of 8; 0: whole pictures")
     add(
         "--weights",
         default=AUTO,
@@ -500,7 +542,7 @@ def add_noise_experts(make: argparse.ArgumentParser) -> None:
     add("--noise_expert", help="file or folder of a second S2V DiT, for the steps of low noise")
     add(
         "--noise_boundary",
-        type=float,
+        type=number,
         help=f"noise level from which on the model of --ckpt_dir serves, between 0 and 1 (default {NOISE_BOUNDARY})",
     )
 
@@ -514,13 +556,13 @@ def add_split(commands, common: argparse.ArgumentParser) -> None:
     split.set_defaults(run=run_split)
     add = split.add_argument
     add("checkpoint", help="folder of Wan2.2-S2V-14B, or one in its layout; the file is written there")
-    add("--experts", type=int, default=8, help="into so many (default %(default)s)")
+    add("--experts", type=whole, default=8, help="into so many (default %(default)s)")
     add("--audio", required=True, help="recording, of which the first clip is used")
     add("--image", required=True, help="reference picture")
     add("--prompt", default="", help="what is to be seen")
-    add("--steps", "--sample_steps", type=int, default=6, help="steps over all noise levels (default %(default)s)")
+    add("--steps", "--sample_steps", type=whole, default=6, help="steps over all noise levels (default %(default)s)")
     add("--size", default="832*480", help="bound of the area; the picture gives the aspect (default %(default)s)")
-    add("--infer_frames", type=int, default=80, help="frames of the clip, a multiple of 4 (default %(default)s)")
+    add("--infer_frames", type=whole, default=80, help="frames of the clip, a multiple of 4 (default %(default)s)")
     add("--device", help="cuda if there is a card, else cpu")
     add("--precision", help="as for generate; the split serves all")
     add("--overwrite", action="store_true", help="replace the file of an earlier split")
@@ -536,7 +578,7 @@ def add_quality(commands, common: argparse.ArgumentParser) -> None:
     add("--audio", type=Path, help="the voice; the video's own sound by default")
     add("--against", type=Path, help="another video of the same size and length: PSNR, SSIM and LPIPS to it")
     add("--reference", type=Path, help="the picture that the face should keep to; the first clip by default")
-    add("--clip_frames", type=int, help="frames of a clip; read from the file by default")
+    add("--clip_frames", type=whole, help="frames of a clip; read from the file by default")
     add("--lpips_weights", type=Path, help="state dict of lpips.LPIPS(net='alex')")
 
 
@@ -554,18 +596,18 @@ def add_bench(commands, common: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", metavar="WxH", help="832x480 and 1280x704 by default; 64x64 for the demo")
     add("--precision", nargs="+", metavar="NAME", help="one or more, as for generate")
     add("--attention", nargs="+", metavar="NAME", help="one or more attention backends")
-    add("--keep", nargs="+", type=float, metavar="SHARE", help="share of the attention that is computed; 1 is all")
+    add("--keep", nargs="+", type=number, metavar="SHARE", help="share of the attention that is computed; 1 is all")
     add(
         "--way",
         nargs="+",
         metavar="P[:A[:K]]",
         help="precision, attention and share together, such as bfloat16 float8:auto:0.5; in place of the three",
     )
-    add("--runs", type=int, default=5, help="of which the median counts (default %(default)s)")
+    add("--runs", type=whole, default=5, help="of which the median counts (default %(default)s)")
     add("--model", default="14B", help="14B, or demo: the embedded one, for a CPU (default %(default)s)")
     add("--ckpt_dir", help="folder of Wan2.2-S2V-14B, or one in its layout; random weights without")
     add("--device", help="cuda if there is a card")
-    add("--memory_gb", type=float, help="with --dry_run: what would fit into so much")
+    add("--memory_gb", type=number, help="with --dry_run: what would fit into so much")
     add("--dry_run", action="store_true", help="list the cases with the work and memory they are predicted to need")
     add("--out", type=Path, default=Path("bench"), help="folder for bench.json, bench.md and the plot (default bench)")
     add("--against", type=Path, metavar="FILE", help="bench.json of an earlier run: what became slower")
@@ -581,21 +623,28 @@ def add_bench(commands, common: argparse.ArgumentParser) -> None:
         "article", "a whole video; estimated from a few steps of a clip without a past and of one with it"
     )
     add = article.add_argument
-    add("--frames", type=int, default=240, help="whole clips (default %(default)s)")
-    add("--clip_frames", type=int, default=80, help="of a clip, here and in forwards (default %(default)s)")
-    add("--steps", type=int, default=50, help="default %(default)s")
-    add("--guidance", type=float, default=4.5, help="1: one forward a step instead of two (default %(default)s)")
-    add("--measured_steps", type=int, default=2, help="steps to run of each kind of clip (default %(default)s)")
+    add("--frames", type=whole, default=240, help="whole clips (default %(default)s)")
+    add("--clip_frames", type=whole, default=80, help="of a clip, here and in forwards (default %(default)s)")
+    add("--steps", type=whole, default=50, help="default %(default)s")
+    add("--guidance", type=number, default=4.5, help="1: one forward a step instead of two (default %(default)s)")
+    add("--measured_steps", type=whole, default=2, help="steps to run of each kind of clip (default %(default)s)")
     add("--full", action="store_true", help="run all of it: an hour at 720p with exact bfloat16")
     add("--offload", action="store_true", help="networks wait in main memory, as generate does by default")
     growth = bench.add_argument_group("growth", "the time of a forward over nine numbers of tokens")
     add = growth.add_argument
-    add("--growth_tokens", type=int, nargs=2, metavar=("FEW", "MANY"), help="5000 300000 by default")
-    add("--growth_blocks", type=int, default=2, help="of the DiT; all cost the same (default %(default)s)")
+    add("--growth_tokens", type=whole, nargs=2, metavar=("FEW", "MANY"), help="5000 300000 by default")
+    add("--growth_blocks", type=whole, default=2, help="of the DiT; all cost the same (default %(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    """What cannot be parsed is one line, as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{shown(message, LONGEST_MESSAGE)}. See {self.prog} --help.")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
+    parser = Parser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -622,23 +671,38 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else [*arguments]
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
-    if problem := library_problem():
-        return give_up(problem, UNUSABLE, options.json)
+def main(arguments: Sequence[str] | None = None, rank: str = "0", ranks: str = "1") -> int:
+    """Run a command -> the exit code.
+
+    Args:
+        rank, ranks: which of how many processes this is, where torchrun has started several for one command.
+    """
+    given = sys.argv[1:] if arguments is None else [*arguments]
+    as_json = "--json" in given
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     try:
+        options = make_parser().parse_args(given)
+        options.arguments = given
+        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
+        if rank != "0":
+            print(f"process {rank} of {ranks} has nothing to do: the first one makes the video alone.", file=sys.stderr)
+            return FINE
+        if ranks != "1":
+            log.warning("of %s processes the first makes the video alone: several GPUs for one are not included", ranks)
+        if problem := library_problem():
+            return give_up(problem, UNUSABLE, as_json)
         return options.run(options)
     except WanS2VError as error:
-        return give_up(str(error), UNUSABLE, options.json)
+        return give_up(str(error), UNUSABLE, as_json)
     except OSError as error:
-        where = error.filename or "a file"
+        where = shown(error.filename or "a file")
         return give_up(
-            f"{where} cannot be used: {error.strerror}. Check the path and its permissions.", UNUSABLE, options.json
+            f"{where} cannot be used: {error.strerror}. Check the path and its permissions.", UNUSABLE, as_json
         )
     except KeyboardInterrupt:
-        return give_up("stopped.", STOPPED, options.json)
+        return give_up("stopped.", STOPPED, as_json)
 
 
 def give_up(reason: str, code: int, as_json: bool) -> int:

@@ -41,9 +41,22 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{name}={shown(repr(value))} is not known. Use one of: {', '.join(known)}.")
 
 
+def check_range(name: str, value: Any, least: float, most: float, advice: str) -> None:
+    """Raises ConfigError if a number is not one, or lies outside; the message names the end that it passed."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value != value:
+        raise ConfigError(f"{name}={shown(value)} is no number. {advice}")
+    if not least <= value <= most:
+        side, end = ("below", least) if value < least else ("above", most)
+        raise ConfigError(f"{name}={shown(value)} is {side} {end}. {advice}")
+
+
 GATE_RANGES = ("chosen", "all")
 OVERFLOWS = ("spill", "drop")
 
+MOST_EXPERTS = 4096
+MOST_TOKENS = 10**9
+"""More than any video has."""
 UNUSED = -1
 """In `injected_blocks`: an injector that is in the checkpoint but serves no block."""
 
@@ -144,6 +157,8 @@ class ExpertRouting(JsonConfig):
             )
         if self.overflow == "drop" and self.expert_capacity is None:
             raise ConfigError("overflow='drop' without expert_capacity drops nothing. Give a capacity, or use spill.")
+        check_range("top_k", self.top_k or 1, 1, MOST_EXPERTS, "Leave it out for all it may see.")
+        check_range("expert_capacity", self.expert_capacity or 1, 1, MOST_TOKENS, "Leave it out for no limit.")
         if not 0 <= self.gate_dropout < 1:
             raise ConfigError(f"gate_dropout={self.gate_dropout} is outside 0 to 1. Use such as 0.1, or 0 for none.")
 
@@ -187,6 +202,7 @@ class AccelerationPlan(JsonConfig):
         for name in ("sparse_dense_steps", "sparse_dense_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more. Use such as 2, or 0 for none.")
+            check_range(name, getattr(self, name), 0, MOST_TOKENS, "Use such as 2, or 0 for none.")
 
     def kept(self, blocks: int) -> float:
         """The share of attention that a sparse step computes, over all blocks."""
@@ -194,6 +210,7 @@ class AccelerationPlan(JsonConfig):
         return (dense + (blocks - dense) * self.sparse_keep) / blocks
 
 
+MOST_GB = 1e6
 LOCKED, MAPPED = "locked", "mapped"
 WEIGHT_PLACES = (AUTO, LOCKED, MAPPED)
 MEMORY_PROFILES = {
@@ -225,15 +242,16 @@ class MemoryLimits(JsonConfig):
 
     def __post_init__(self):
         check_choice("weights", self.weights, WEIGHT_PLACES)
-        if self.vram_limit_gb is not None and not 0 < self.vram_limit_gb < float("inf"):
+        if self.vram_limit_gb is not None and not 0 < self.vram_limit_gb <= MOST_GB:
             raise ConfigError(
-                f"vram_limit_gb={self.vram_limit_gb} must be above 0. Use the size of a card, such as 8 or 12, or "
-                "leave it out to measure what is free."
+                f"vram_limit_gb={shown(self.vram_limit_gb)} must be above 0, {MOST_GB:g} at most. Use the size of a "
+                "card, such as 8 or 12, or leave it out to measure what is free."
             )
         for name in ("resident_blocks", "slice_tokens", "tile_px"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ConfigError(f"{name}={value} must be 0 or more. Leave it out to let it be decided.")
+                raise ConfigError(f"{name}={shown(value)} must be 0 or more. Leave it out to let it be decided.")
+            check_range(name, value or 0, 0, MOST_TOKENS, "Leave it out to let it be decided.")
         if self.tile_px and self.tile_px % 8:
             raise ConfigError(
                 f"tile_px={self.tile_px} is not a multiple of 8. Use such as 384, or 0 for whole pictures."
@@ -283,6 +301,9 @@ class OffloadPlan(JsonConfig):
 SOLVERS = ("unipc", "dpm++", "euler")
 SIGMA_SPACINGS = ("flow", "karras")
 NOISES = ("cpu", "reference")
+MOST_STEPS, LARGEST_SHIFT, LARGEST_GUIDANCE = 1000, 100.0, 100.0
+LARGEST_SEED = 2**64 - 1
+"""ComfyUI's."""
 NOISE_BOUNDARY = 0.9
 """Where pairs of models change over unless it is said, as the picture-to-video pair of Wan2.2 does."""
 
@@ -311,18 +332,18 @@ class SamplingConfig(JsonConfig):
     noise_boundary: float | None = None
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ConfigError(f"steps={self.steps}: at least one step is needed. Use 40, or 4 to 8 for a quick look.")
-        if not 0 < self.shift < float("inf"):
-            raise ConfigError(f"shift={self.shift} must be above 0. Use 3 at 480p and 5 at 720p.")
+        check_range("steps", self.steps, 1, MOST_STEPS, "Use 40, or 4 to 8 for a quick look.")
+        if not 0 < self.shift <= LARGEST_SHIFT:
+            raise ConfigError(
+                f"shift={shown(self.shift)} must be above 0, {LARGEST_SHIFT:g} at most. Use 3 at 480p and 5 at 720p."
+            )
         check_choice("solver", self.solver, SOLVERS)
         check_choice("sigmas", self.sigmas, SIGMA_SPACINGS)
         check_choice("noise", self.noise, NOISES)
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} is outside 0 to 2^63 - 1. Use a smaller one.")
+        check_range("seed", self.seed, 0, LARGEST_SEED, "Use 0 to 2^64 - 1, as in ComfyUI.")
         for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
-            if not 1 <= scale < float("inf"):
-                raise ConfigError(f"{name}={scale} must be 1 or more. 1 turns guidance off; the reference uses 4.5.")
+            advice = "1 turns guidance off; the reference uses 4.5."
+            check_range(name, scale, 1, LARGEST_GUIDANCE, advice)
         if not 0 <= self.colour_match <= 1:
             raise ConfigError(f"colour_match={self.colour_match} is outside 0 to 1. Use 0 for none, 1 for all of it.")
         if self.noise_boundary is not None and not 0 < self.noise_boundary < 1:
@@ -373,6 +394,7 @@ VIDEO_SIZES = {
 }
 """Width and height whose product bounds the area, by their names in menus; the picture gives the aspect."""
 
+LARGEST_AREA, MOST_CLIP_FRAMES = 4096 * 4096, 400
 PICTURE_FITS = ("crop", "pad", "reference")
 TIMINGS = ("aligned", "reference")
 CLIP_PLANS = ("audio", "reference")
@@ -410,8 +432,11 @@ class VideoConfig(JsonConfig):
             raise ConfigError(f"fps={self.fps} is outside 1 to 60. The model was trained for 16.")
         if self.clips is not None and self.clips < 1:
             raise ConfigError(f"clips={self.clips}: at least one clip is needed. Leave it out for all of the sound.")
+        check_range("clips", self.clips or 1, 1, MOST_TOKENS, "Leave it out for all of the sound.")
         if self.max_area < 64 * 64:
             raise ConfigError(f"max_area={self.max_area} px is less than 64x64. Use 832*480 or more for real pictures.")
+        check_range("max_area", self.max_area, 64 * 64, LARGEST_AREA, "Use such as 832*480 or 1280*720.")
+        check_range("clip_frames", self.clip_frames, 4, MOST_CLIP_FRAMES, "Use a multiple of 4, such as 80.")
         if self.exact_size and any(side < 64 or side > 4096 or side % 16 for side in self.exact_size):
             height, width = self.exact_size
             raise ConfigError(

@@ -22,6 +22,7 @@ from .errors import BackendUnavailable, CheckpointError, ConfigError
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of, motion_tokens
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
+from .io.outside import check_text
 from .memory.activations import ClipShape
 from .memory.attempts import Attempts
 from .memory.budget import (
@@ -48,6 +49,7 @@ from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
 from .sampling.schedule import make_schedule
+from .sampling.sound_results import WatchedSteps, check_embeddings, check_numbers, check_pixels
 from .seams import Denoiser
 
 log = logging.getLogger(__name__)
@@ -219,6 +221,10 @@ def clip_keys(
     return ClipKeys(job, facts)
 
 
+def clip_told(index: int, clips: int) -> str:
+    return f"clip {index + 1} of {clips}"
+
+
 @contextmanager
 def told(network: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
     """Call `tell` before every layer of a network; what it raises stops the network there."""
@@ -308,12 +314,20 @@ class S2VPipeline:
 
     @torch.inference_mode()
     def encode_prompts(self, *prompts: str) -> tuple[Tensor, ...]:
-        """Each 1 L E, in main memory."""
-        return self.run(
+        """Each 1 L E, in main memory.
+
+        Raises:
+            ConfigError: if one is no text that can be read.
+            CheckpointError: if no embeddings can be computed.
+        """
+        for prompt in prompts:
+            check_text("the prompt", prompt)
+        made = self.run(
             TEXT_ENCODER,
             whole(TEXT_BYTES),
             lambda encoder: tuple(encoder.encode(prompt).cpu() for prompt in prompts),
         )
+        return tuple(check_embeddings(text, PART_LABELS[TEXT_ENCODER], "reading the prompt") for text in made)
 
     @torch.inference_mode()
     def encode_voice(self, recording: Recording, windows: Windows = WINDOWS, folder: Path | None = None) -> Voice:
@@ -324,13 +338,16 @@ class S2VPipeline:
             folder: for what is heard in a very long one; None for the system's temporary folder.
         Raises:
             ConfigError: if no features can be computed from it, or the disk has no room for those of a long one.
+            CheckpointError: if the encoder's weights give none.
         """
         check_recording(recording)
 
         needed, samples = voice_bytes(recording.seconds, windows), recording.speech()
-        return self.run(
+        voice = self.run(
             SPEECH_ENCODER, whole(needed), lambda encoder: Voice(recording, hear(encoder, samples, windows, folder))
         )
+        check_embeddings(voice.features, PART_LABELS[SPEECH_ENCODER], "hearing the voice")
+        return voice
 
     @torch.inference_mode()
     def generate(
@@ -347,6 +364,8 @@ class S2VPipeline:
             on_step: called with the clip's task, step (from 1) and the clean latents it predicts; may raise to stop.
             routing: how experts are used; None for models without.
             finished: clips of an earlier run with the same keys; only those behind them are made.
+        Raises:
+            CheckpointError: if a network gives what cannot be filmed; the clip is not yielded.
         """
         self.expert_load = ExpertLoad()
         if finished and len(finished.clip_frames) == conditioning.clips:
@@ -361,13 +380,17 @@ class S2VPipeline:
                 if on_step:
                     on_step(task, step, clean)
 
-            return self.denoise_clip(task.noise, inputs, negative_text, config, tell, routing)
+            told = clip_told(task.index, job.clips)
+            return self.denoise_clip(task.noise, inputs, negative_text, config, tell, routing, told)
 
         noises = (noise_of(job, clip, config, device) for clip in range(job.clips))
         past, starts = job.video.motion_frames, job.video.starts_from_reference
         reference = job.reference.to(device)
         ways = (sample, self.encode, self.decode)
         for clip in generate_clips(*ways, reference, past, noises, starts, finished, config.colour_match):
+            where = clip_told(clip.index, job.clips)
+            check_numbers(clip.latents, PART_LABELS[DIT], f"sampling {where}")
+            check_pixels(clip.video, reference, PART_LABELS[VAE], f"decoding {where}")
             yield replace(clip, video=clip.video[:, :, : job.plan.shown(clip.index)])
 
     def denoise_clip(
@@ -378,8 +401,15 @@ class S2VPipeline:
         config: SamplingConfig,
         on_step: OnStep,
         routing: ExpertRouting | None,
+        told: str = "a clip",
     ) -> Tensor:
-        """Denoise one clip, with one DiT or a pair, of which the second is placed when the first has left."""
+        """Denoise one clip, with one DiT or a pair, of which the second is placed when the first has left.
+
+        Args:
+            told: which one, for people.
+        Raises:
+            CheckpointError: if what the DiT gives cannot be sampled.
+        """
 
         @contextmanager
         def placed(name: str, planned: Planned) -> Iterator[Denoiser]:
@@ -410,7 +440,10 @@ class S2VPipeline:
                 serving.append(stack.enter_context(PlacedDenoiser(partial(placed, names[number]), attempts)))
 
             each = [lambda *step: serving[0](*step)] * len(names)
-            return denoise(noise_experts(boundaries, each, switch), noise, config, on_step)
+            watched = WatchedSteps(noise_experts(boundaries, each, switch))
+            latents = denoise(watched, noise, config, on_step)
+            watched.check(PART_LABELS[DIT], f"sampling {told}")
+            return latents
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:
         """The voice, the pose and the past of one clip."""
@@ -436,7 +469,8 @@ class S2VPipeline:
         """B 3 T H W, on the device or in main memory -> latents B C F h w, on the device."""
         frames, height, width = video.shape[2:]
         work = VaeWork(height, width, frames, decodes=False)
-        return self.run(VAE, self.coding_plan(work), lambda vae: vae.encode(video))
+        latents = self.run(VAE, self.coding_plan(work), lambda vae: vae.encode(video))
+        return check_numbers(latents, PART_LABELS[VAE], f"encoding {frames} frames")
 
     def decode(self, latents: Tensor, keep_frames: int | None = None) -> Tensor:
         """B C F h w -> the last `keep_frames` of the video, or all, B 3 T H W; in main memory where room is short."""

@@ -15,20 +15,34 @@ from .conditioning.bundle import Voice, make_conditioning, size_of_video
 from .conditioning.image import read_picture, to_frames
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
+    MOST_EXPERTS,
     AccelerationPlan,
     ExpertRouting,
     JsonConfig,
     MemoryLimits,
     SamplingConfig,
     VideoConfig,
+    check_range,
 )
 from .errors import ConfigError
 from .forecast import JobFacts, StageForecast, forecast
 from .geometry import ClipGeometry
 from .io.audio import Recording, check_recording, read_recording
-from .io.clip_store import ClipStore, EarlierClips, StoredClips, check_unused, find_earlier, read_settings, stored_keys
+from .io.clip_store import (
+    ClipStore,
+    EarlierClips,
+    StoredClips,
+    check_ours,
+    check_unused,
+    find_earlier,
+    is_saved,
+    read_settings,
+    recorded_settings,
+)
 from .io.digest import digest_of
 from .io.encodings import EncodingStore
+from .io.locks import held
+from .io.outside import check_path, check_text
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .memory.networks import CheckpointNetworks
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
@@ -39,10 +53,14 @@ from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
 
-ENCODING_FORMAT = 1
+ENCODING_FORMAT = 2
 """To be raised when encoders make something else of the same."""
 FRAMES_AT_ONCE = 8
 """Written between two looks at whether to stop."""
+LONGEST_SECONDS = 1e7
+"""Of a recording: a third of a year."""
+FILES = ("checkpoint", "audio", "image", "save_file", "pose_video", "noise_expert", "cache_dir")
+"""Fields of a request that name files and folders."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +91,27 @@ class RenderRequest(JsonConfig):
     """File or folder of a second DiT, which serves where the noise is below the boundary of the sampling."""
     cache_dir: str | None = None
     """Folder in which encoded voices and prompts are kept for other runs."""
+    metadata: bool = True
+    """Whether the video says in its comment how it was made."""
 
     def __post_init__(self):
+        for name in FILES:
+            if (path := getattr(self, name)) is not None:
+                check_path(name, path)
+        for name in ("prompt", "negative_prompt"):
+            check_text(name, getattr(self, name))
+        for name in ("audio_start", "audio_seconds"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= LONGEST_SECONDS:
+                raise ConfigError(f"{name}={value:g} is no time in a recording. Give seconds, such as 12.5.")
+        check_range("split_experts", self.split_experts, 0, MOST_EXPERTS, "Use such as 8, or 0 to leave it whole.")
         self.loading(AccelerationPlan())
+
+    def told(self) -> dict[str, Any]:
+        """What may be told of it in files: as `to_dict`, but of files and folders their names alone."""
+        names = {name: getattr(self, name) for name in FILES}
+        short = {name: path and Path(path).absolute().name for name, path in names.items()}
+        return {**self.to_dict(), **short}
 
     def loading(self, acceleration: AccelerationPlan) -> LoadPlan:
         """How its networks are loaded."""
@@ -121,19 +157,35 @@ def render(
         acceleration: how networks are made faster.
         limits: of memory.
     """
-    began, target = time.monotonic(), Path(request.save_file)
+    target = Path(request.save_file)
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
+    with held(clips_folder(target)):
+        return render_held(request, video, sampling, on_step, routing, acceleration, limits)
+
+
+def render_held(
+    request: RenderRequest,
+    video: VideoConfig,
+    sampling: SamplingConfig,
+    on_step: Callable[[int, int, int], None] | None,
+    routing: ExpertRouting | None,
+    acceleration: AccelerationPlan | None,
+    limits: MemoryLimits | None,
+) -> RenderReport:
+    """As `render`, where no other run works for the same file."""
+    began, target = time.monotonic(), Path(request.save_file)
     routing, acceleration = routing or ExpertRouting(), acceleration or AccelerationPlan()
     limits = limits or MemoryLimits()
     settings = {
-        "request": request.to_dict(),
+        "request": request.told(),
         "video": video.to_dict(),
         "sampling": sampling.to_dict(),
         "routing": routing.to_dict(),
         "acceleration": acceleration.to_dict(),
         "limits": limits.to_dict(),
     }
+    comment = json.dumps(settings, ensure_ascii=False)
     folder = clips_folder(target)
     check_earlier(folder, settings)
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
@@ -152,13 +204,14 @@ def render(
     log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
 
     keys = clip_keys(conditioning, sampling, usable, networks.paths, networks.loading)
-    earlier = find_earlier([folder], keys)
+    earlier = find_earlier([folder, *folders_set_apart(folder)], keys, keys.size)
     keeps = request.keep_clips
     if earlier:
-        log.warning("going on after clip %d of %d, from %s", earlier.clips, conditioning.clips, folder)
-        earlier = set_apart(earlier)
-        keeps = keeps or (earlier.folder == folder and keeps_clips(folder))
-        settings["request"]["keep_clips"] = keeps
+        log.warning("going on after clip %d of %d, from %s", earlier.clips, conditioning.clips, earlier.folder)
+        if earlier.folder == folder:
+            keeps = keeps or keeps_clips(folder)
+            earlier = set_apart(earlier)
+    settings["keep_clips"] = keeps
     store = ClipStore(folder, video.fps, recording, settings, keys, earlier)
 
     def tell(task: ClipTask, step: int, _: Tensor) -> None:
@@ -167,7 +220,7 @@ def render(
 
     for clip in pipeline.generate(conditioning, sampling, tell, usable, store.stored):
         store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
-    write_video(target, store.stored, {"comment": json.dumps(settings, ensure_ascii=False)})
+    write_video(target, store.stored, {"comment": comment} if request.metadata else {})
     if not keeps:
         store.stored.remove()
     if usable:
@@ -248,21 +301,25 @@ def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     """Tell early, before networks are loaded, that the clips in the way are not the beginning of this video.
 
     Raises:
-        ConfigError: if there are any that this run cannot go on from, as far as its settings show.
+        ConfigError: if there are any that this run cannot go on from, as far as the settings of the first show.
     """
-    before = read_settings(folder)
-    if not stored_keys(folder) or any(before.get(name) != settings[name] for name in ("sampling", "routing")):
+    check_ours(folder)
+    before = recorded_settings(folder)
+    if before and any(before.get(name) != settings[name] for name in ("sampling", "routing")):
         check_unused(folder)
 
 
 def keeps_clips(folder: Path) -> bool:
-    """Whether the clips there were made to be kept."""
-    return bool(read_settings(folder).get("request", {}).get("keep_clips"))
+    """Whether the clips there were made to be kept, or nobody can tell."""
+    return read_settings(folder).get("keep_clips") is not False
 
 
 def earlier_seed(target: Path) -> int | None:
     """The seed of a run for `target` that did not end."""
-    return read_settings(clips_folder(target)).get("sampling", {}).get("seed")
+    folder = clips_folder(target)
+    sampling = {} if is_saved(folder) else recorded_settings(folder).get("sampling")
+    seed = sampling.get("seed") if isinstance(sampling, dict) else None
+    return seed if isinstance(seed, int) else None
 
 
 def set_apart(earlier: EarlierClips) -> EarlierClips:
@@ -270,11 +327,23 @@ def set_apart(earlier: EarlierClips) -> EarlierClips:
     if earlier.is_all:
         return earlier
     number = 1
-    while (aside := earlier.folder.with_name(f"{earlier.folder.name}.{number}")).exists():
+    while (aside := folder_set_apart(earlier.folder, number)).exists():
         number += 1
     earlier.folder.rename(aside)
     log.warning("later clips there are of another video: they are now in %s", aside)
     return replace(earlier, folder=aside)
+
+
+def folder_set_apart(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.{number}")
+
+
+def folders_set_apart(folder: Path) -> list[Path]:
+    """Those that `set_apart` made of a folder: a run that was killed then has its clips there."""
+    found: list[Path] = []
+    while (aside := folder_set_apart(folder, len(found) + 1)).is_dir():
+        found.append(aside)
+    return found
 
 
 def write_video(

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_s2v_core.config import S2VModelConfig, SamplingConfig
+from wan_s2v_core.config import (
+    AccelerationPlan,
+    ExpertRouting,
+    MemoryLimits,
+    S2VModelConfig,
+    SamplingConfig,
+    VideoConfig,
+)
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import ClipGeometry, frames_of, latent_frames_of
 
@@ -24,7 +31,18 @@ def test_configs_survive_json(config):
         (lambda: S2VModelConfig(injected_blocks=(4, 4)), "injected_blocks"),
         (lambda: S2VModelConfig(injected_blocks=(0, 40)), "blocks=40"),
         (lambda: SamplingConfig(steps=0), "steps=0"),
-        (lambda: SamplingConfig(seed=2**63), "seed=9223372036854775808"),
+        (lambda: SamplingConfig(seed=2**64), "seed=18446744073709551616 is above 18446744073709551615"),
+        (lambda: SamplingConfig(seed=-7), "seed=-7 is below 0"),
+        (lambda: SamplingConfig(steps=10**30), "steps=10{30} is above 1000"),
+        (lambda: SamplingConfig(shift=1e308), "shift=1e.308"),
+        (lambda: SamplingConfig(guidance_scale=float("nan")), "guidance_scale=nan is no number"),
+        (lambda: VideoConfig(max_area=10**40), "max_area=10{40} is above"),
+        (lambda: VideoConfig(clip_frames=4000), "clip_frames=4000 is above 400"),
+        (lambda: VideoConfig(clips=10**20), "clips=10{20} is above"),
+        (lambda: MemoryLimits(vram_limit_gb=1e308), "vram_limit_gb=1e.308"),
+        (lambda: MemoryLimits(tile_px=8 * 10**20), "tile_px=80{20} is above"),
+        (lambda: ExpertRouting(expert_capacity=10**20), "expert_capacity=10{20} is above"),
+        (lambda: AccelerationPlan(sparse_dense_steps=10**20), "sparse_dense_steps=10{20} is above"),
         (lambda: SamplingConfig(shift=0), "shift=0"),
         (lambda: SamplingConfig(shift=float("nan")), "shift=nan"),
         (lambda: SamplingConfig(solver="heun"), "solver='heun'.*unipc"),

@@ -9,7 +9,7 @@ import torch
 from test_generate import command, inputs, kept_pictures  # noqa: F401  (fixtures)
 
 from wan_s2v_core.errors import ConfigError
-from wan_s2v_core.io import encodings
+from wan_s2v_core.io import encodings, records
 from wan_s2v_core.io.encodings import EncodingStore
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
@@ -72,11 +72,11 @@ def test_another_encoder_in_the_same_place_is_another(command, inputs, tiny_chec
 def test_a_full_disk_stops_nobody(tmp_path, monkeypatch, caplog):
     store, made = EncodingStore(tmp_path / "kept"), {"prompt": torch.randn(1, 3, 4)}
 
-    def full(tensors, path):
-        path.write_bytes(b"half")
+    def full(file, *_):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(records, "write_safetensors", full)
     assert store.get("text", "a" * 64, lambda: made) is made
     assert "No space left" in caplog.text and not list((tmp_path / "kept").iterdir())
     monkeypatch.undo()

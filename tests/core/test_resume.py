@@ -300,7 +300,7 @@ def test_a_film_without_latents_is_no_clip_of_another_video(networks, whole, ear
     assert found.clips == 3 and found.is_all
     (earlier / "clip_0001.safetensors").unlink()
     found = find_earlier([earlier], keys)
-    assert found.clips == 1 and not found.is_all, "nobody knows what the third clip is of"
+    assert found.clips == 1 and found.is_all, "the third clip says that it is of this video"
 
 
 def test_clips_without_keys_are_nobodys_beginning(networks, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 from ..io.digest import digest_of
 from .bundle import S2VConditioning
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the same inputs give other clips, or clips are stored in another way."""
 
 
@@ -41,6 +41,10 @@ class ClipKeys:
         while len(self._keys) <= clip:
             self._keys.append(self._next_key(len(self._keys)))
         return self._keys[clip]
+
+    def size(self, clip: int) -> tuple[int, int, int]:
+        """The frames that a clip adds to the video, their height and width."""
+        return self.job.plan.shown(clip), *self.job.size_px
 
     def _next_key(self, clip: int) -> str:
         job, before = self.job, self._keys[-1] if self._keys else self._root

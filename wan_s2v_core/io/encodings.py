@@ -1,14 +1,14 @@
 """What encoders made of a text or a voice, kept on disk by what it was made from."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from .weights import open_weights
+from ..errors import ConfigError
+from .locks import sweep
+from .records import read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class EncodingStore:
                 f"encodings cannot be kept in {folder}: {error.strerror or error}. Give a folder that can be written."
             ) from error
         self.folder = folder
+        sweep(folder, r"(text|voice)-[0-9a-f]+")
 
     def get(self, what: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """An encoding of that key: read where it is there, else made and kept. A damaged file is made anew.
@@ -38,28 +39,19 @@ class EncodingStore:
             what: begins the file's name.
             key: of everything that shapes it, see `digest.digest_of`.
         """
-        path = self.folder / f"{what}-{key[:32]}.safetensors"
+        path, facts = self.folder / f"{what}-{key[:32]}.safetensors", {"what": what, "key": key}
+        if (kept := read_record(path, lambda found, _: found.items() >= facts.items())) is not None:
+            log.info("%s: as kept in %s", what, path)
+            return kept.tensors
         if path.exists():
-            try:
-                found = {name: entry.read() for name, entry in open_weights(path).entries.items()}
-                log.info("%s: as kept in %s", what, path)
-                return found
-            except CheckpointError as error:
-                log.warning("%s, what was kept, is made anew: %s", what, error)
+            log.warning("%s, what was kept in %s, is damaged and is made anew", what, path)
         made = make()
-        self._keep(path, made)
+        self._keep(path, made, facts)
         return made
 
-    def _keep(self, path: Path, tensors: dict[str, Tensor]) -> None:
+    def _keep(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
         """Write a file whole or not at all; a run does not fail for want of room."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+            write_record(path, tensors, facts)
+        except OSError as error:
             log.warning("%s is not kept: %s", path, error)
-        finally:
-            partial.unlink(missing_ok=True)

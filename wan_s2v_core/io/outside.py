@@ -18,6 +18,8 @@ LARGEST_JSON_BYTES = 64_000_000
 """umT5's tokenizer.json, the largest that is read, takes 17 MB."""
 LONGEST_TEXT = 100_000
 """Characters of a prompt. umT5 reads the first 512 tokens."""
+LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 4095
+"""What Linux and most file systems take."""
 
 
 def file_size(path: str | Path, largest_bytes: int | None = None, error: type[WanS2VError] = ConfigError) -> int:
@@ -136,3 +138,25 @@ def check_text(name: str, text: Any, longest: int = LONGEST_TEXT) -> str:
             "terminal, set a UTF-8 locale such as LANG=C.UTF-8."
         ) from problem
     return text
+
+
+def check_path(name: str, path: str | Path, spare_bytes: int = 0) -> None:
+    """Whether a file system can take a path, which need not be there.
+
+    Args:
+        spare_bytes: what is added to its last name.
+    Raises:
+        ConfigError: if it is too long, or is not valid Unicode.
+    """
+    text = check_text(name, str(path), LONGEST_PATH_BYTES)
+    if "\0" in text:
+        raise ConfigError(f"{name} {shown(text)} has a null character. Type it again.")
+    names = Path(text).parts
+    longest = max((len(part.encode()) for part in names[:-1]), default=0)
+    last = len(names[-1].encode()) + spare_bytes if names else 0
+    whole = len(os.path.abspath(text).encode("utf-8", "surrogateescape")) + spare_bytes
+    if max(longest, last) > LONGEST_NAME_BYTES or whole > LONGEST_PATH_BYTES:
+        raise ConfigError(
+            f"{name} {shown(text)} is too long: a name may have {LONGEST_NAME_BYTES - spare_bytes} bytes, a path "
+            f"{LONGEST_PATH_BYTES - spare_bytes}; some letters take 2 to 4. Shorten it."
+        )

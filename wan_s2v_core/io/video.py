@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,13 +21,16 @@ from torch import Tensor
 from ..errors import BackendUnavailable, ConfigError, shown
 from .audio import Recording, check_recording, layout_name, resample, sound_blocks, sound_frame
 from .display import picture_of, pixel_shape, shown_size
+from .locks import PartialFile
 from .media import CURE, best_stream, decoded_frames, import_av, open_media
-from .outside import foreign_parser
+from .outside import check_path, foreign_parser
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "h264-mp4"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SPARE_NAME_BYTES = 24
+"""For what stands beside a video while it is made: .NAME.clips.12.lock, and so on."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 CLOCK_TOLERANCE = 0.0015
 """Seconds; Matroska and WebM round time stamps to milliseconds."""
@@ -153,7 +155,7 @@ class VideoWriter:
             check_recording(recording, math.inf)
         self.sound = _fitting_sound(recording, self.preset) if recording is not None else None
         self.frames = self.sound_samples = 0
-        self._partial = self.path.with_name(f".{self.path.stem[:80]}.{secrets.token_hex(4)}.part")
+        self._partial: PartialFile | None = None
         self._container: Any = None
 
     def __enter__(self) -> "VideoWriter":
@@ -190,9 +192,9 @@ class VideoWriter:
             self._encode_sound(math.floor(self._samples_at(self.frames)))
 
     def _open(self) -> None:
-        av, preset = import_av(), self.preset
+        av, preset, self._partial = import_av(), self.preset, PartialFile(self.path)
         self._container = av.open(
-            str(self._partial.absolute()), "w", format=preset.container, container_options=preset.container_options
+            str(self._partial.path.absolute()), "w", format=preset.container, container_options=preset.container_options
         )
         self._container.metadata.update(self.metadata)
         self._pictures = self._container.add_stream(preset.video_codec, rate=self.fps, options=preset.video_options)
@@ -245,15 +247,15 @@ class VideoWriter:
         if self.sound is not None:
             self._container.mux(self._voice.encode(None))
         self._container.close()
-        self._partial.replace(self.path)
+        self._partial.publish()
 
     def _discard(self) -> None:
         """Close and remove the unfinished file."""
         if self._container is not None:
             with contextlib.suppress(import_av().error.FFmpegError):  # a full disk refuses the trailer too
                 self._container.close()
-        with contextlib.suppress(OSError):
-            self._partial.unlink(missing_ok=True)
+        if self._partial is not None:
+            self._partial.discard()
 
     @contextlib.contextmanager
     def _nothing_left_behind(self) -> Iterator[None]:
@@ -304,8 +306,9 @@ def check_target(path: Path, name: str) -> None:
     """Refuse a place to which preset `name` cannot write, before anything is made.
 
     Raises:
-        ConfigError: if the suffix is another one's, or the folder is missing or not writable.
+        ConfigError: if the suffix is another one's, the name is too long, or the folder is missing or not writable.
     """
+    check_path("the name of the video", path, SPARE_NAME_BYTES)
     suffix = video_preset(name).suffix
     if path.suffix.lower() != suffix:
         raise ConfigError(

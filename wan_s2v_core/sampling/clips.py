@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import LARGEST_SEED
 from ..geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT
 from ..io.clip_store import StoredClips
 from .colour import match_colours
@@ -52,7 +53,7 @@ def clip_noise(
         source: cpu for float32 from a CPU generator, the same on every device; reference for bfloat16 drawn on
             `device`, as the reference does.
     """
-    seed = (seed + index) % 2**63
+    seed = (seed + index) % (LARGEST_SEED + 1)
     if source == "cpu":
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -92,7 +93,7 @@ def generate_clips(
     if starts_from_reference:
         motion_video[:, :, -START_PICTURE_FRAMES:] = reference
     known, first = len(finished.clip_frames) if finished else 0, 0
-    if finished and known and (kept := finished.motion_video()) is not None:
+    if finished and known and (kept := finished.motion_video()) is not None and kept.shape == motion_video.shape:
         motion_video, first = kept, known
     for index, noise in enumerate(noises):
         if index < first:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...config import ExpertRouting, S2VModelConfig, check_top_k
+from ...config import LARGEST_SEED, ExpertRouting, S2VModelConfig, check_top_k
 from ...errors import ConfigError
 from ...model.experts import ExpertLoad, RoutedFeedForward
 
@@ -91,7 +91,8 @@ def set_routing(model: nn.Module, routing: ExpertRouting) -> None:
         if routing.top_k is not None:
             check_top_k(routing.top_k, len(layer.experts), layer.shared)
         seed = routing.gate_dropout_seed
-        layer.routing = replace(routing, gate_dropout_seed=None if seed is None else seed + index)
+        own = None if seed is None else (seed + index) % (LARGEST_SEED + 1)
+        layer.routing = replace(routing, gate_dropout_seed=own)
 
 
 def take_load(model: nn.Module) -> ExpertLoad:
