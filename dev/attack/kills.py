@@ -4,42 +4,61 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .lab import HANG_SECONDS, Lab, Stopwatch, Worker, chance_for
+from .lab import HANG_SECONDS, ROOT, THREADS, Lab, Stopwatch, Worker, chance_for
 from .outcome import DIED, DIFFERS, FINE, HANG, LEFT, TRACEBACK, WORDING, Outcome, message_of, unreadable
 
 SIGNALS = {"KILL": signal.SIGKILL, "INT": signal.SIGINT, "TERM": signal.SIGTERM}
 LONG = {"audio_seconds": 2.2, "sample_steps": 2}
 MOST_KILLS = 3
 ENDED_BY_USER = 130
+REAL_EVERY, START_SECONDS = 10, 5.0
+"""So many have one that is not forked, which needs seconds to begin."""
 MOMENTS = ("at any time", "when a file appears", "late")
 """By chance over the whole run, just when something new lies in the folder, or while the video is put together."""
 
 
 class Runs:
-    """Processes of `generate`, forked from a child that has torch."""
+    """Processes of `generate`: forked from a child that has made a film, so that they begin at once, or real ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, lab: Lab) -> None:
         self.parent = Worker()
+        self.real: dict[int, subprocess.Popen] = {}
+        with lab.box() as box:
+            assert self.parent.ask(do="command", arguments=lab.generate(box / "v.mkv"))["code"] == 0
 
-    def start(self, arguments: list[str], log: Path) -> int:
+    def start(self, arguments: list[str], log: Path, real: bool = False) -> int:
         log.touch()
-        return self.parent.ask(do="start", arguments=arguments, log=str(log))["pid"]
+        if not real:
+            return self.parent.ask(do="start", arguments=arguments, log=str(log))["pid"]
+        command = [sys.executable, "-m", "wan_s2v_core", *arguments]
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **THREADS})
+        self.real[process.pid] = process
+        return process.pid
 
     def wait(self, pid: int, seconds: float = HANG_SECONDS) -> int | None:
         """Its exit code, or minus the signal that ended it; None if it has not ended, which ends it now."""
         watch = Stopwatch(pid)
         while watch.look() < seconds and not self.is_over(pid):
             time.sleep(0.01)
-        answer = self.parent.ask(do="wait", pid=pid, seconds=1)
-        if "code" not in answer:
+        code = self._code(pid)
+        if code is None:
             send(pid, signal.SIGKILL)
-            self.parent.ask(do="wait", pid=pid, seconds=10)
-        return answer.get("code")
+            while self._code(pid) is None:
+                time.sleep(0.01)
+        return code
+
+    def _code(self, pid: int) -> int | None:
+        if pid in self.real:
+            return self.real[pid].poll()
+        return self.parent.ask(do="wait", pid=pid, seconds=0).get("code")
 
     def is_over(self, pid: int) -> bool:
         try:
@@ -58,7 +77,7 @@ def send(pid: int, number: int) -> None:
 
 
 def attack(lab: Lab, seed: int, numbers: Iterable[int], keep: bool = False) -> Iterator[Outcome]:
-    runs = Runs()
+    runs = Runs(lab)
     try:
         with lab.box() as box:
             began = time.monotonic()
@@ -77,14 +96,15 @@ def try_kills(lab: Lab, runs: Runs, seed: int, number: int, box: Path, whole: fl
     how, moment = list(SIGNALS)[number % len(SIGNALS)], MOMENTS[number // len(SIGNALS) % len(MOMENTS)]
     folder.mkdir()
     arguments, log = lab.generate(folder / "v.mkv", **LONG), box / "log"
-    kind = f"{how} {moment}"
+    real = number % REAL_EVERY == REAL_EVERY - 1
+    kind = f"{how} {moment}{', a process of its own' if real else ''}"
 
     def outcome(verdict: str, said: str = "") -> Outcome:
         return Outcome("kills", kind, number, verdict, said, time.monotonic() - began)
 
     for _ in range(chance.randint(1, MOST_KILLS)):
-        pid = runs.start(arguments, log)
-        wait_for_moment(chance, runs, pid, folder, moment, whole)
+        pid = runs.start(arguments, log, real)
+        wait_for_moment(chance, runs, pid, folder, moment, whole + START_SECONDS * real)
         send(pid, SIGNALS[how])
         code = runs.wait(pid)
         if wrong := wrong_end(how, code, log):

@@ -33,7 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def attack(lab: Lab, seed: int, numbers: Iterable[int], keep: bool = False) -> Iterator[Outcome]:
-    runs = Runs()
+    runs = Runs(lab)
     plain: dict[str, dict[str, Any]] = {}
     whole = 0.0
     try:

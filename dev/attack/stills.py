@@ -188,7 +188,7 @@ def tags_of_many_kinds(chance, folder):
 
 @KINDS.add(GOOD)
 def long_and_narrow_pictures(chance, folder):
-    width, height = chance.choice(((16, 4000), (4000, 16), (17, 33), (3000, 2000)))
+    width, height = chance.choice(((60, 900), (900, 60), (17, 33), (3000, 2000)))
     image(width, height).save(folder / "face.png")
     return folder / "face.png", Shown(size=(height, width))
 

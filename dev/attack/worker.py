@@ -167,6 +167,7 @@ def start(arguments: list[str], log: str) -> dict[str, Any]:
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        logging.root.handlers.clear()
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
         code = command_line(arguments)
