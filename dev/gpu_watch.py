@@ -55,10 +55,14 @@ def copy(self, source, *args, **options):
     return result
 
 
+BESIDE_BYTES = 1.7e9
+"""What CUDA, its libraries and kernels come to take of an H200 in a ComfyUI, beside torch's allocator."""
+
+
 def cap(size: float) -> None:
-    """Let torch take so many bytes, less what the process holds beside its allocator."""
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(max(0.001, (size - (total - free)) / total))
+    """Let the process take so many bytes, as the driver counts them."""
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(max(0.001, (size - BESIDE_BYTES) / total))
 
 
 def look_small(size: float) -> None:
@@ -122,9 +126,9 @@ def make_patcher(gigabytes: float, device: torch.device):
     layers = max(1, round(gigabytes * 1e9 / (width * width * dtype.itemsize)))
     linears = (comfy.ops.manual_cast.Linear(width, width, bias=False, dtype=dtype) for _ in range(layers))
     network = torch.nn.Sequential(*linears)
-    with torch.no_grad():
-        for layer in network:
-            layer.weight.copy_(torch.randn(width, 1).expand(width, width))
+    # With dynamic VRAM layers have no weights before they are loaded.
+    weights = {f"{i}.weight": torch.randn(width, 1).to(dtype).expand(width, width).contiguous() for i in range(layers)}
+    network.load_state_dict(weights, assign=True)
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(network, load_device=device, offload_device=torch.device("cpu"))
 

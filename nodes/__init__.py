@@ -1,8 +1,10 @@
 """The nodes, in the order in which they stand in the menu. The only code that knows ComfyUI."""
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from .accelerate import Speed
+from .bridge import import_when_idle
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .forecast import add_route as add_memory_route
@@ -41,4 +43,5 @@ class WanS2VExtension(ComfyExtension):
 async def comfy_entrypoint() -> ComfyExtension:
     add_route()
     add_memory_route()
+    PromptServer.instance.app.on_startup.append(import_when_idle)
     return WanS2VExtension()

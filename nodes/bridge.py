@@ -35,7 +35,7 @@ from ..wan_s2v_core.io.locks import held, lock_of, sweep
 from ..wan_s2v_core.io.outside import check_path, inside
 from ..wan_s2v_core.io.video import SPARE_NAME_BYTES
 from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
-from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of
+from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of, within_limit
 from ..wan_s2v_core.memory.placement import Placement
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..wan_s2v_core.model.loading import files_of, find_part
@@ -43,7 +43,7 @@ from ..wan_s2v_core.model.official import official_places
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
-from ..wan_s2v_core.warm_up import WarmUp, first_run_steps
+from ..wan_s2v_core.warm_up import LIBRARIES, WarmUp, kernels
 from .limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
 from .made import MADE
 
@@ -224,18 +224,30 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         return self.placement.host_bytes
 
 
-WARMED: list[WarmUp] = []
+WARMED: dict[str, WarmUp] = {}
+
+
+def import_libraries() -> None:
+    """Begin to import what networks are built with; once in a process."""
+    if "libraries" not in WARMED:
+        WARMED["libraries"] = WarmUp(LIBRARIES)
+
+
+async def import_when_idle(_: Any) -> None:
+    """Called when the server has started: until a prompt comes, there is time for what takes seconds."""
+    import_libraries()
 
 
 def warm_up() -> None:
-    """Begin to make ready what a first run needs; once in a process."""
-    if not WARMED:
-        WARMED.append(WarmUp(first_run_steps(manager.get_torch_device())))
+    """Begin to make ready what a run needs besides weights; called when it begins."""
+    import_libraries()
+    if "kernels" not in WARMED:
+        WARMED["kernels"] = WarmUp(kernels(manager.get_torch_device()))
 
 
 def wait_until_warm(kind: str) -> None:
     """Until what a kind of network needs is ready, where that has begun."""
-    for warmed in WARMED:
+    for warmed in WARMED.values():
         warmed.wait(kind)
 
 
@@ -338,43 +350,44 @@ class ComfyNetworks:
 
     @contextlib.contextmanager
     def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
-        patcher = self._patcher(name, planned.plan.locks and planned.plan.swaps)
-        placement = patcher.placement
-        if planned.plan.swaps:
+        swaps = planned.plan.swaps
+        patcher = self._patcher(name, planned.plan.locks and swaps)
+        placement, entry = patcher.placement, manager.LoadedModel(patcher)
+        if swaps:
             patcher.detach()
-            self._make_room(planned.weight_bytes, planned.working_bytes)
+        missing = planned.weight_bytes if swaps else patcher.model_size() - patcher.loaded_size()
+        self._make_room(missing, planned.working_bytes, entry)
+        with within_limit(self.device, self.limits, missing + planned.working_bytes):
+            if swaps:
+                try:
+                    with placement.on(self.device, planned.plan, check_interrupt) as network:
+                        yield network
+                finally:
+                    manager.soft_empty_cache()
+                return
+            self._bring(entry)
             try:
-                with placement.on(self.device, planned.plan, check_interrupt) as network:
-                    yield network
+                yield placement.network
             finally:
-                manager.soft_empty_cache()
-            return
-        self._bring(patcher, planned)
-        try:
-            yield placement.network
-        finally:
-            if self.offload != AUTO and placement.device_bytes:
-                patcher.detach()
-                manager.soft_empty_cache()
+                if self.offload != AUTO and placement.device_bytes:
+                    patcher.detach()
+                    manager.soft_empty_cache()
 
-    def _bring(self, patcher: NetworkPatcher, planned: Planned) -> None:
+    def _bring(self, entry: manager.LoadedModel) -> None:
         """All of a network comes to the device, listed there with ComfyUI, which may take it off later on.
 
         `load_models_gpu` would also ask for pinned memory of the network's size, and take that from others.
         """
         if is_host(self.device):
             return
-        entry = manager.LoadedModel(patcher)
-        missing = patcher.model_size() - patcher.loaded_size()
-        self._make_room(missing, planned.working_bytes, entry)
         listed = manager.current_loaded_models
         if entry in listed:
             entry = listed.pop(listed.index(entry))
-        if missing:
+        if entry.model.loaded_size() < entry.model.model_size():
             entry.model_load()
         listed.insert(0, entry)
 
-    def _make_room(self, weight_bytes: int, working_bytes: int, keep: manager.LoadedModel | None = None) -> None:
+    def _make_room(self, weight_bytes: int, working_bytes: int, keep: manager.LoadedModel) -> None:
         """Let ComfyUI take other networks off the device until so much is free, of what this run may use."""
         if is_host(self.device):
             return
@@ -383,7 +396,7 @@ class ComfyNetworks:
             working_bytes = max(working_bytes + reserved_bytes(), manager.minimum_inference_memory())
         else:  # what ComfyUI counts as free, but is not for us
             working_bytes += manager.get_free_memory(self.device) - free
-        manager.free_memory(weight_bytes + working_bytes, self.device, [keep] if keep else [])
+        manager.free_memory(weight_bytes + working_bytes, self.device, [keep])
 
     def room(self, name: str) -> Room:
         """What is free, and what ComfyUI can make free by taking other networks off the card."""

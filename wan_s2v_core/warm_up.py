@@ -45,14 +45,17 @@ class WarmUp:
                 self.ended[name].set()
 
 
-def first_run_steps(device: torch.device) -> Steps:
-    """What each kind of network needs, in the order in which a run uses them."""
-    return {
-        TEXT_ENCODER: lambda: import_module("transformers.models.umt5.modeling_umt5"),
-        SPEECH_ENCODER: lambda: import_module("transformers.models.wav2vec2.modeling_wav2vec2"),
-        VAE: lambda: import_module("diffusers.models.autoencoders.autoencoder_kl_wan"),
-        DIT: lambda: try_kernels(device),
-    }
+LIBRARIES: Steps = {
+    TEXT_ENCODER: lambda: import_module("transformers.models.umt5.modeling_umt5"),
+    SPEECH_ENCODER: lambda: import_module("transformers.models.wav2vec2.modeling_wav2vec2"),
+    VAE: lambda: import_module("diffusers.models.autoencoders.autoencoder_kl_wan"),
+}
+"""What each kind of network is built with, in the order in which a run uses them."""
+
+
+def kernels(device: torch.device) -> Steps:
+    """What the DiT computes with."""
+    return {DIT: lambda: try_kernels(device)}
 
 
 def try_kernels(device: torch.device) -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from wan_s2v_core.config import OffloadPlan
+from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.io.maps import MAPS, is_mapped
 from wan_s2v_core.io.weights import open_weights
+from wan_s2v_core.memory.networks import room_on, within_limit
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.memory.upload import BUFFER_BYTES, Upload
 from wan_s2v_core.warm_up import WarmUp
@@ -111,3 +112,45 @@ def test_who_needs_a_step_waits_for_it():
     for name in ("third", "second", "unknown"):
         warm.wait(name)
     assert order == ["first", "fails", "third"]
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Figures of a GPU of 24 GB -> the shares of it that torch is told to keep to."""
+    shares, figures = [1.0], {"free": 22e9, "reserved": 1e9, "allocated": 0.5e9}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (figures["free"], 24e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: figures["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: figures["allocated"])
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device=None: shares[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device=None: shares.append(share))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return shares, figures
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_the_allocator_keeps_to_a_limit(pretended_gpu):
+    shares, _ = pretended_gpu
+    with within_limit(GPU, MemoryLimits(vram_limit_gb=8), 5_000_000_000):
+        assert shares[-1] * 24e9 == pytest.approx(8e9 - 1e9), "less what is in use beside torch"
+    assert shares[-1] == 1
+    with within_limit(GPU, MemoryLimits(vram_limit_gb=8), 7_000_000_000):
+        assert shares[-1] == 1, "a limit that cannot hold is no reason to fail"
+    with within_limit(GPU, MemoryLimits(vram_limit_gb=64), 1), within_limit(GPU, MemoryLimits(), 1):
+        assert set(shares[3:]) <= {1}
+    with pytest.raises(Stop), within_limit(GPU, MemoryLimits(vram_limit_gb=8), 1):
+        raise Stop
+    assert shares[-1] == 1
+
+
+def test_room_on_a_gpu_knows_limits_shares_and_reserves(pretended_gpu):
+    shares, figures = pretended_gpu
+    free = 22e9 + 0.5e9
+    assert room_on(GPU, MemoryLimits()).device_bytes == free
+    assert room_on(GPU, MemoryLimits(), 3_000, 1_000).device_bytes == free + 2_000
+    assert room_on(GPU, MemoryLimits(vram_limit_gb=8)).device_bytes == 8e9 - 1e9 - 0.5e9
+    figures["free"] = 10e9  # other programs take much
+    assert room_on(GPU, MemoryLimits(vram_limit_gb=8)).device_bytes == 8e9 - 1.7e9 - 0.5e9
+    shares.append(0.25)
+    assert room_on(GPU, MemoryLimits()).device_bytes == 6e9 - 0.5e9

@@ -47,8 +47,8 @@ def voice_bytes(seconds: float, windows: Windows = WINDOWS) -> int:
 
 TEXT_BYTES = 500_000_000
 """Of umT5-xxl besides its weights: scores and position bias of 64 heads over 512 tokens, in float32."""
-CONTEXT_BYTES = 800_000_000
-"""What CUDA and its libraries take of a card before anything is allocated."""
+CONTEXT_BYTES, MOST_CONTEXT_BYTES = 800_000_000, 1_700_000_000
+"""What CUDA and its libraries take of a GPU at first, and with all kernels in a ComfyUI on an H200."""
 MARGIN_SHARE, MARGIN_BYTES = 0.04, 200_000_000
 """What is left free of a stage's room: for what lies badly in memory, and for libraries that allocate by themselves."""
 TIGHTER = 0.85

@@ -15,7 +15,7 @@ from ..io.weights import Weights
 from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
 from ..model.loading import OnTensor, find_part, load, set_types
 from .activations import ForwardWay
-from .budget import CONTEXT_BYTES, WHOLE, Planned, Room, Sizes
+from .budget import CONTEXT_BYTES, MOST_CONTEXT_BYTES, WHOLE, Planned, Room, Sizes
 from .placement import Check, Placement
 from .vae_room import VaeWay
 
@@ -176,21 +176,23 @@ class CheckpointNetworks:
         self.placements[name] = placement = self._placement(name, plan.locks and plan.swaps)
         if plan.swaps:
             placement.take_back()
-            self._make_room(planned.bytes, device, placement)
+        needed = planned.bytes - (0 if plan.swaps else placement.bytes_on(device))
+        self._make_room(needed, device, placement)
+        with within_limit(device, self.limits, needed):
+            if plan.swaps:
+                try:
+                    with placement.on(device, plan, self.check) as network:
+                        yield network
+                finally:
+                    free_unused(device)
+                return
+            self._send(placement, device)
             try:
-                with placement.on(device, plan, self.check) as network:
-                    yield network
+                yield placement.network
             finally:
-                free_unused(device)
-            return
-        self._make_room(planned.bytes - placement.bytes_on(device), device, placement)
-        self._send(placement, device)
-        try:
-            yield placement.network
-        finally:
-            if self.offload != AUTO:
-                placement.take_back()
-                free_unused(device)
+                if self.offload != AUTO:
+                    placement.take_back()
+                    free_unused(device)
 
     def recover(self) -> None:
         for placement in self.placements.values():
@@ -233,8 +235,43 @@ def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 
     free += torch.cuda.memory_reserved(device) - allocated - reserved_bytes
     free = min(free, round(process_share(device) * total) - allocated)
     if limits.vram_limit_gb is not None:
-        free = min(free, round(limits.vram_limit_gb * 1e9) - CONTEXT_BYTES - allocated)
+        free = min(free, allocator_limit(device, limits.vram_limit_gb) - allocated)
     return Room(free + returnable_bytes, free_ram_bytes(), limits.weights)
+
+
+def allocator_limit(device: torch.device, vram_limit_gb: float) -> int:
+    """Bytes that torch may allocate where this process is to take no more of a GPU than a limit.
+
+    What CUDA, its libraries and kernels take besides is measured. Other programs are in that figure too, hence a bound.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    return round(vram_limit_gb * 1e9 - max(CONTEXT_BYTES, min(beside, MOST_CONTEXT_BYTES)))
+
+
+@contextmanager
+def within_limit(device: torch.device, limits: MemoryLimits, needed_bytes: int) -> Iterator[None]:
+    """Let torch's allocator keep to the limit of a stage: what it holds without using it counts as well.
+
+    Where the limit does not hold anyhow, it is only planned with.
+
+    Args:
+        needed_bytes: that the stage is going to allocate.
+    """
+    if device.type != "cuda" or limits.vram_limit_gb is None:
+        yield
+        return
+    most, total = allocator_limit(device, limits.vram_limit_gb), torch.cuda.mem_get_info(device)[1]
+    before = process_share(device)
+    if not torch.cuda.memory_allocated(device) + needed_bytes <= most < before * total:
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(most / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def process_share(device: torch.device) -> float:
