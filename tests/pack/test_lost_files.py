@@ -29,7 +29,7 @@ def saved(comfy, run):
 
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sampled(ended) -> bool:
