@@ -15,7 +15,8 @@ from ..wan_s2v_core.conditioning.bundle import Voice
 from ..wan_s2v_core.conditioning.pose import frames_at
 from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.audio import Recording, check_recording
-from ..wan_s2v_core.io.foreign import looks_like_mapping, pictures_of, value_of
+from ..wan_s2v_core.io.foreign import CURE, looks_like_mapping, pictures_of, value_of
+from ..wan_s2v_core.io.outside import foreign_parser
 from ..wan_s2v_core.io.scratch import scratch
 from ..wan_s2v_core.io.video import DrivingVideo
 from ..wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ
@@ -79,6 +80,11 @@ def voice_of(heard: Any, recording: Recording) -> Voice:
         ConfigError: if it holds no layers, or those of another recording.
     """
     check_recording(recording)
+    with foreign_parser("audio_encoder_output", CURE):
+        return _voice_of(heard, recording)
+
+
+def _voice_of(heard: Any, recording: Recording) -> Voice:
     found = value_of(heard, LAYERS, "audio_encoder_output") if looks_like_mapping(heard) else None
     layers = [layer for layer in found if isinstance(layer, Tensor)] if isinstance(found, (list, tuple)) else []
     shapes = {tuple(layer.shape[1:]) for layer in layers}
@@ -105,7 +111,7 @@ def picture_of(image: Any) -> Tensor:
     Raises:
         ConfigError: if it has no picture, another number of channels, or values that are not finite.
     """
-    return pictures_of(image[:1] if isinstance(image, Tensor) and image.ndim == 4 else image)[0]
+    return pictures_of(image, most=1)[0]
 
 
 def text_of(conditioning: Any, name: str) -> Tensor:
@@ -121,8 +127,9 @@ def text_of(conditioning: Any, name: str) -> Tensor:
             raise ConfigError(
                 f"{name} holds no text embeddings. Connect Wan S2V Encode Text, or umT5's CLIP Text Encode."
             )
-    used = embeddings[:1].abs().amax(dim=(0, 2)).nonzero()  # ComfyUI pads with zeros
-    return embeddings[:1, : int(used[-1]) + 1 if len(used) else 1].float().cpu()
+    with foreign_parser(name, CURE):
+        used = embeddings[:1].abs().amax(dim=(0, 2)).nonzero()  # ComfyUI pads with zeros
+        return embeddings[:1, : int(used[-1]) + 1 if len(used) else 1].float().cpu()
 
 
 def pose_of(video: Any, fps: float) -> Callable[[int, int], Tensor]:

@@ -51,14 +51,16 @@ class Runs:
         code = self._code(pid)
         if code is None:
             send(pid, signal.SIGKILL)
-            while self._code(pid) is None:
-                time.sleep(0.01)
+            self._code(pid)
         return code
 
-    def _code(self, pid: int) -> int | None:
+    def _code(self, pid: int, seconds: float = 5) -> int | None:
+        """Of a process that ends, which takes a moment while it has threads."""
         if pid in self.real:
-            return self.real[pid].poll()
-        return self.parent.ask(do="wait", pid=pid, seconds=0).get("code")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.real[pid].wait(seconds)
+            return None
+        return self.parent.ask(do="wait", pid=pid, seconds=seconds).get("code")
 
     def is_over(self, pid: int) -> bool:
         try:

@@ -39,6 +39,7 @@ KINDS = Kinds()
 QUERIES = Kinds()
 """Of queries to the pack's routes: (chance, input folder) -> path and query."""
 OUR_ERROR = re.compile(r"(^|\.)(ConfigError|CheckpointError|BackendUnavailable|OutOfMemory|OutsideError)$")
+PACK_FILES = "custom_nodes/wan_s2v/"
 NAN, INF = float("nan"), float("inf")
 TEXTS = (
     "",
@@ -531,7 +532,7 @@ def judged(lab: Lab, server: Any, run: Any, expects: str, log: str) -> tuple[str
             if problem
             else (TURNED_AWAY if expects == GOOD else REFUSED, message)
         )
-    is_ours = "wan_s2v" in where or str(error.get("node_type", "")).startswith("WanS2V")
+    is_ours = PACK_FILES in where or str(error.get("node_type", "")).startswith("WanS2V")
     return (
         (TRACEBACK, f"{where[-2500:]}\n{kind}: {message[:300]}")
         if is_ours
@@ -553,17 +554,13 @@ def judged_film(film: dict[str, Any], expects: str, log: str) -> tuple[str, str]
 
 
 def rejected(run: Any) -> tuple[str, str]:
-    """Not taken: ComfyUI says why, and may not have stumbled over us."""
-    texts = [
-        f"{error.get('type')}: {error.get('message')}: {error.get('details')}"
-        for node in run.node_errors.values()
-        for error in node["errors"]
-    ]
+    """Not taken: ComfyUI says why. It may stumble over a prompt itself, but not in a file of ours."""
+    errors = [error for node in run.node_errors.values() for error in node["errors"]]
+    texts = [f"{error.get('type')}: {error.get('message')}: {error.get('details')}" for error in errors]
     texts += [f"{error.get('exception_type')}: {error.get('exception_message')}" for error in run.errors]
+    traces = "".join(str(error.get("extra_info", {}).get("traceback", "")) for error in errors)
     said = "; ".join(texts)
-    if "exception_during" in said and "wan_s2v" in said.lower():
-        return TRACEBACK, said
-    return REFUSED, "ComfyUI: " + said[:300]
+    return (TRACEBACK, f"{traces[-2000:]}\n{said}") if PACK_FILES in traces else (REFUSED, "ComfyUI: " + said[:300])
 
 
 def try_query(server: Any, name: str, number: int, path: str, query: dict[str, str]) -> Outcome:

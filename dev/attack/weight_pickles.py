@@ -347,7 +347,6 @@ def the_same_in_another_form(chance, folder):
         lambda: resave(
             path, lambda weights: {name: torch.cat([value[None]] * 2)[1] for name, value in weights.items()}
         ),
-        lambda: resave(path, lambda weights: None, pickle_protocol=4),
     )
     chance.choice(forms)()
 

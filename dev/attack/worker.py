@@ -6,6 +6,7 @@ readers of sound, pictures and driving videos for what no film shows.
 
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import io
 import json
@@ -157,6 +158,8 @@ READERS = {"sound": read_sound, "picture": read_still, "pose": read_pose}
 
 def start(arguments: list[str], log: str) -> dict[str, Any]:
     """Begin a command in a process of its own, as it would be on a terminal, but for the import of torch."""
+    gc.collect()
+    gc.freeze()  # what is left of decoders must not be freed in the new process: their threads are not there
     pid = os.fork()
     if pid:
         return {"pid": pid}

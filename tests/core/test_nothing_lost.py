@@ -187,6 +187,37 @@ def test_torchrun_is_known_where_it_starts_the_command(tmp_path):
     assert ended.returncode == 0 and "process 1 of 2" in ended.stderr and not list(tmp_path.iterdir())
 
 
+STOPPED_AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Stop:
+    def find_spec(self, name, *rest):
+        if name == stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+
+stopped = sys.argv.pop(1)
+sys.meta_path.insert(0, Stop())
+del sys.argv[0]
+by_path = sys.argv[0].endswith(".py")
+(runpy.run_path if by_path else runpy.run_module)(sys.argv[0], run_name="__main__")
+"""
+MOMENTS = [
+    ("argparse", ["wan_s2v_core", "--help"]),
+    ("wan_s2v_core.cli", ["wan_s2v_core", "inspect", "none"]),
+    ("wan_s2v_core.config", [str(ROOT / "generate.py"), "--ckpt_dir", "m"]),
+    ("torch", ["wan_s2v_core", "inspect", "none"]),
+]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(("module", "words"), MOMENTS)
+def test_ctrl_c_while_a_command_is_loaded(module, words, as_json):
+    words = [sys.executable, "-c", STOPPED_AT_IMPORT, module, *words, *["--json"] * as_json]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "error: stopped.\n")
+    assert ended.stdout == as_json * '{"error": "stopped."}\n'
+
+
 # --- damaged -------------------------------------------------------------------------------------------------------
 
 KEYS = ["a" * 64, "b" * 64, "c" * 64]
@@ -336,6 +367,15 @@ def test_a_finished_clip_of_another_video_is_refused(good, tmp_path):
     for index in (1, 2):
         flip(clip_path(folder, index, ".safetensors"), random.Random(1))
     check_unused(folder, ["x", "y", "z"])
+
+
+@pytest.mark.parametrize("kind", ["a link that leads nowhere", "no folder"])
+def test_what_stands_where_clips_go_is_told_before_the_run(kind, tmp_path):
+    folder = tmp_path / "clips"
+    folder.write_bytes(b"x") if kind == "no folder" else folder.symlink_to(tmp_path / "none")
+    with pytest.raises(ConfigError, match=f"clips is {kind}.*Delete it"):
+        rendering.check_earlier(folder, {})
+    assert os.path.lexists(folder) and not (tmp_path / "none").exists()
 
 
 def test_a_flipped_bit_in_an_encoding_is_made_anew(tmp_path, caplog):

@@ -19,7 +19,7 @@ from wan_s2v_core.conditioning.pose import pose_pixels
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import pictures, video
 from wan_s2v_core.io.display import HLG, PQ, to_sdr, turned
-from wan_s2v_core.io.foreign import pictures_of
+from wan_s2v_core.io.foreign import pictures_of, recording_of
 from wan_s2v_core.io.video import DrivingVideo, frames_of, read_frames
 
 RAMP = np.linspace(0, 1, 64)[:, None].repeat(48, 1)
@@ -312,6 +312,7 @@ IMAGES = {
         torch.tensor([51, 0, 26], dtype=torch.uint8).expand(1, 20, 30, 3),
     ),
     "list": (lambda: [RED[0]], SEEN),
+    "sparse": (lambda: RED.to_sparse(), SEEN),
 }  # fmt: skip
 
 
@@ -331,6 +332,25 @@ def test_images_that_are_refused_in_one_line(value):
     with pytest.raises(ConfigError) as caught:
         pictures_of(value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+UNREADABLE = {
+    "no values": lambda values: values.to("meta"),
+    "nested": lambda values: torch.nested.as_nested_tensor([*values, *values]),
+    "nested, jagged": lambda values: torch.nested.nested_tensor([*values, *values], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_that_cannot_be_read_are_one_line(kind):
+    for name, read in (
+        ("image", lambda: pictures_of(UNREADABLE[kind](RED))),
+        ("audio", lambda: recording_of({"waveform": UNREADABLE[kind](RED[0]), "sample_rate": 16000})),
+        ("audio", lambda: recording_of({"waveform": RED[0], "sample_rate": torch.zeros((), device="meta")})),
+    ):
+        with pytest.raises(ConfigError, match=f"^the {name} input .*(comes from|give[s] them)") as caught:
+            read()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 # Driving videos
@@ -483,6 +503,14 @@ def test_the_largest_track_of_several_is_read(tmp_path):
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     assert (read_frames(path, 16, 0, 1) == 200).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ico", "jp2"])
+def test_a_still_is_no_driving_video(tmp_path, suffix):
+    path = tmp_path / f"still.{suffix}"
+    Image.new("RGB", (64, 48), "green").save(path)
+    with pytest.raises(ConfigError, match=r"is a picture \(.*driving video of several frames, such as an mp4"):
+        DrivingVideo(path, 16)(0, 4)
 
 
 def test_frames_that_change_their_size(tmp_path):

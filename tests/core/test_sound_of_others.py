@@ -181,6 +181,7 @@ def test_values_that_are_taken(caplog, case):
 
 
 REFUSED = {
+    "no values": (lambda: {"waveform": HEARD.to("meta"), "sample_rate": RATE}, "the audio input cannot be read"),
     "none": (lambda: None, "holds no sound"),
     "text": (lambda: "voice.wav", "holds no sound"),
     "list of two": (lambda: [TAKEN["N"](), TAKEN["N"]()], "holds no sound"),

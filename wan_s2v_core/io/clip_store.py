@@ -228,9 +228,14 @@ def foreign_file(folder: Path) -> Path | None:
 def check_ours(folder: Path) -> None:
     """Raises ConfigError if a folder for clips is none of ours; one that is not there is nobody's."""
     try:
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return
-        found = foreign_file(folder) if folder.is_dir() else folder
+        if not folder.is_dir():
+            kind = "a link that leads nowhere" if not folder.exists() else "no folder"
+            raise ConfigError(
+                f"{shown(folder)} is {kind}; finished clips are kept there. Delete it, or save under another name."
+            )
+        found = foreign_file(folder)
     except OSError as error:
         raise ConfigError(f"{shown(folder)} cannot be used: {error.strerror}. Move or delete it.") from error
     if found is not None:

@@ -15,7 +15,9 @@ from .outside import foreign_parser
 
 log = logging.getLogger(__name__)
 
-AUDIO = "the audio input"
+AUDIO, IMAGE = "the audio input", "the image input"
+CURE = "Look at the node that it comes from."
+"""Of tensors that cannot be read: without values (on the meta device), sparse, nested, of a lost GPU."""
 WHOLE_SCALES = {torch.uint8: 2.0**7, torch.int8: 2.0**7, torch.int16: 2.0**15, torch.int32: 2.0**31}
 """What the integers of a type are divided by; those of uint8 lie around 128."""
 
@@ -31,7 +33,7 @@ def value_of(holder: Any, key: str, origin: str) -> Any:
     Raises:
         ConfigError: if it cannot be read.
     """
-    with foreign_parser(origin, "Look at the node that it comes from."):
+    with foreign_parser(origin, CURE):
         return holder[key] if key in holder.keys() else None  # noqa: SIM118 (not everything with keys has `in`)
 
 
@@ -41,8 +43,13 @@ def recording_of(audio: Any, origin: str = AUDIO) -> Recording:
     C N and N are taken too, and integers, which are scaled by their type.
 
     Raises:
-        ConfigError: if there is none, or it has no usable rate, shape or scale.
+        ConfigError: if there is none, it cannot be read, or it has no usable rate, shape or scale.
     """
+    with foreign_parser(origin, CURE):
+        return _recording_of(audio, origin)
+
+
+def _recording_of(audio: Any, origin: str) -> Recording:
     if isinstance(audio, (list, tuple)) and len(audio) == 1:
         audio = audio[0]
     nothing = f"{origin} holds no sound (batch, channels, samples). Connect Load Audio, or a video that has sound."
@@ -94,20 +101,26 @@ def scaled(samples: Tensor, origin: str) -> Tensor:
     )
 
 
-def pictures_of(image: Any) -> Tensor:
+def pictures_of(image: Any, most: int | None = None) -> Tensor:
     """B H W C in 0..1, or integers up to the largest of their type -> B H W 3 uint8; grey as RGB, transparency on
-    black. H W C is taken as one picture.
+    black. H W C is taken as one picture. With `most`, only so many of the first are read.
 
     Raises:
-        ConfigError: if it has no picture, another number of channels, or values that are not finite.
+        ConfigError: if it has no picture, cannot be read, or has another number of channels or values that are not
+            finite.
     """
+    with foreign_parser(IMAGE, CURE):
+        return _pictures_of(image, most)
+
+
+def _pictures_of(image: Any, most: int | None) -> Tensor:
     if isinstance(image, (list, tuple)) and image:
         if len(image) > 1:
             log.warning("the image input is a list of %d; the first one is used", len(image))
         image = image[0]
     pictures = as_tensor(image)
     if pictures is None:
-        raise ConfigError(f"the image input is {shown(type(image).__name__)}, no picture. Connect Load Image.")
+        raise ConfigError(f"{IMAGE} is {shown(type(image).__name__)}, no picture. Connect Load Image.")
     if pictures.ndim == 3 and pictures.shape[-1] <= 4:
         pictures = pictures[None]
     if pictures.ndim != 4 or not pictures.numel() or pictures.shape[-1] > 4 or pictures.dtype.is_complex:
@@ -115,7 +128,7 @@ def pictures_of(image: Any) -> Tensor:
             f"an image of shape {tuple(pictures.shape)} and {pictures.dtype} is no picture. Batch, height, width and 1 "
             "to 4 channels are expected: connect Load Image."
         )
-    return torch.stack([_picture(picture) for picture in pictures.detach()])
+    return torch.stack([_picture(picture) for picture in pictures[:most].detach()])
 
 
 def _picture(picture: Tensor) -> Tensor:
@@ -135,4 +148,6 @@ def as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         native = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("=")))
         return torch.from_numpy(native)
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return value if value.layout is torch.strided else value.to_dense()

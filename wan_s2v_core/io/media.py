@@ -30,6 +30,11 @@ CONTAINERS = (
     "wv xwma yuv4mpegpipe"
 )
 """FFmpeg's names of what is opened. Playlists and scripts that open other files or addresses are not among them."""
+STILLS = {
+    b"\x89PNG\r\n": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\0\0\1\0": "ICO", b"8BPS": "Photoshop",
+    b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"\0\0\0\x0cjP  ": "JPEG 2000",
+}  # fmt: skip
+"""How files of pictures begin. FFmpeg says of most only that an argument is invalid."""
 CURE = "Use a complete file of a known kind, such as wav, mp3 or mp4."
 
 
@@ -47,6 +52,17 @@ def import_av() -> ModuleType:
             "install it with 'pip install av'."
         ) from error
     return av
+
+
+def still_kind(path: Path) -> str | None:
+    """What kind of picture a file begins as; None for anything else."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    if start[:4] + start[8:] == b"RIFFWEBP":
+        return "WebP"
+    if start[:2] + start[6:10] == b"BM\0\0\0\0":
+        return "BMP"
+    return next((kind for mark, kind in STILLS.items() if start.startswith(mark)), None)
 
 
 @contextlib.contextmanager
@@ -67,6 +83,11 @@ def open_media(path: Path) -> Iterator[Any]:
         except av.error.PermissionError as error:
             raise ConfigError(f"{name} may not be read by this user. Change its permissions, or copy it.") from error
         except av.error.FFmpegError as error:
+            if still := still_kind(path):
+                raise ConfigError(
+                    f"{name} is a picture ({still}), no sound or video. A voice needs a recording; poses need a "
+                    "driving video of several frames, such as an mp4. A picture to be animated is the reference image."
+                ) from error
             raise ConfigError(f"{name} cannot be opened as sound or video: {error.strerror}. {CURE}") from error
     with container:
         yield container
