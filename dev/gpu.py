@@ -220,7 +220,7 @@ def main(arguments: Sequence[str]) -> int:
             options.only, options.blocks, options.minutes,
         )  # fmt: skip
         ground.work.mkdir(parents=True, exist_ok=True)
-        ground.look(options.commit, " ".join(arguments))
+        ground.look(options.commit, " ".join(options.parts or USUAL))
         if not ground.on_cpu and not ground.facts.get("gpu"):
             print(
                 f"error: torch {ground.facts.get('torch')} sees no GPU here (nvidia-smi says whether the driver does)"
