@@ -7,9 +7,11 @@ from torch import nn
 from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.io.maps import MAPS, is_mapped
 from wan_s2v_core.io.weights import open_weights
-from wan_s2v_core.memory.networks import room_on, within_limit
+from wan_s2v_core.memory.networks import load_placed, room_on, within_limit
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.memory.upload import BUFFER_BYTES, Upload
+from wan_s2v_core.model.checkpoint import DIT
+from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.warm_up import WarmUp
 
 OTHER_CPU = torch.device("cpu", 0)
@@ -154,3 +156,20 @@ def test_room_on_a_gpu_knows_limits_shares_and_reserves(pretended_gpu):
     assert room_on(GPU, MemoryLimits(vram_limit_gb=8)).device_bytes == 8e9 - 1.7e9 - 0.5e9
     shares.append(0.25)
     assert room_on(GPU, MemoryLimits()).device_bytes == 6e9 - 0.5e9
+
+
+def test_a_cancel_stops_loading(tiny_checkpoint):
+    seen = []
+
+    def check() -> None:
+        seen.append(1)
+        if len(seen) == 5:
+            raise Stop
+
+    loading = plan_loading("auto", torch.device("cpu"))
+    for packs in (False, True):
+        seen.clear()
+        with pytest.raises(Stop):
+            load_placed(tiny_checkpoint, DIT, loading, packs, check)
+        assert len(seen) == 5
+    assert load_placed(tiny_checkpoint, DIT, loading, False, lambda: None).bytes

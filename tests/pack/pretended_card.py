@@ -1,5 +1,7 @@
 """Makes ComfyUI on a CPU believe in an NVIDIA card, for forecasts: figures are replaced, nothing can run on it."""
 
+import os
+
 import comfy.model_management as manager
 import torch
 
@@ -27,5 +29,8 @@ torch.cuda.mem_get_info = lambda device=None: (FREE_BYTES, TOTAL_BYTES)
 torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device=None: 0
 torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0
 torch.cuda.get_device_capability = lambda device=None: AMPERE
+
+if state := os.environ.get("PRETENDED_STATE"):  # a server on a CPU cannot be started with --novram or --lowvram
+    manager.vram_state = manager.VRAMState[state]
 
 NODE_CLASS_MAPPINGS = {}

@@ -5,6 +5,7 @@ import urllib.parse
 
 import pytest
 from comfy_client import HttpError
+from comfy_server import ComfyServer
 
 ROUTE = "/wan_s2v/memory"
 STAGES = ["voice", "text", "VAE encode", "sampling", "VAE decode"]
@@ -214,3 +215,17 @@ def test_other_methods_are_not_there(comfy):
     with pytest.raises(HttpError) as refused:
         comfy.client.post(ROUTE, {})
     assert refused.value.status == 405
+
+
+@pytest.mark.parametrize("state", ["NO_VRAM", "LOW_VRAM"])
+def test_comfyuis_own_flags_are_followed(state, comfy, start_with_card):
+    plain = start_with_card("--reserve-vram", "8")
+    variables = {**plain.environment, "PRETENDED_STATE": state}
+    with ComfyServer(plain.comfyui, plain.packs, arguments=plain.arguments, environment=variables) as server:
+        found = by_stage(asking(server)())
+        by_hand = by_stage(asking(server)(resident_blocks=3, slice_tokens=2048))
+    for name in STAGES:
+        assert found[name]["room_bytes"] == 22e9 - 8 * 2**30
+    sampling = found["sampling"]
+    assert sampling["layers_stay"] == 0 and sampling["slice_tokens"] == (4096 if state == "NO_VRAM" else None)
+    assert by_hand["sampling"]["layers_stay"] == 3 and by_hand["sampling"]["slice_tokens"] == 2048
