@@ -513,6 +513,13 @@ def test_a_still_is_no_driving_video(tmp_path, suffix):
         DrivingVideo(path, 16)(0, 4)
 
 
+def test_what_is_no_video_at_all(tmp_path):
+    path = tmp_path / "video.mp4"
+    Image.new("RGB", (64, 48), "green").save(path, "PCX")
+    with pytest.raises(ConfigError, match=r"sound or video: no format of these begins so. Use a complete file"):
+        DrivingVideo(path, 16)(0, 4)
+
+
 def test_frames_that_change_their_size(tmp_path):
     """All frames of a stretch have the size of the first one of the film."""
     path = tmp_path / "x.mkv"

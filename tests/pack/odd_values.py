@@ -44,6 +44,7 @@ PICTURES = {
     "one": lambda: PICTURE[0],
     "list": lambda: [PICTURE[0]],
     "no channels": lambda: PICTURE[..., 0],
+    "no values": lambda: PICTURE.to("meta"),
 }
 
 

@@ -38,6 +38,7 @@ class StandIn:
             "few": {{"encoded_audio_all_layers": layers[:-1]}},
             "flat": {{"encoded_audio_all_layers": tuple(layer[0, 0] for layer in layers)}},
             "empty": {{"encoded_audio_all_layers": ()}},
+            "no values": {{"encoded_audio_all_layers": tuple(layer.to("meta") for layer in layers)}},
             "last": {{"encoded_audio": layers[-1]}},
         }}
         return (made[kind],)
@@ -93,6 +94,7 @@ def test_the_video_is_that_of_our_own_encoder(server, watch):
         ("few", 1.0, "the audio encoder gives layers"),
         ("flat", 1.0, "holds no layers of an audio encoder"),
         ("empty", 1.0, "holds no layers of an audio encoder"),
+        ("no values", 1.0, "audio_encoder_output cannot be read"),
         ("last", 1.0, "holds no layers of an audio encoder"),
     ],
 )

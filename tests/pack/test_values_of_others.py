@@ -28,5 +28,6 @@ def test_pictures_that_are_taken(kind, graph, run, new_seed):
     assert ended.status == "success", ended.errors
 
 
-def test_a_picture_that_is_refused(graph, run, message_of):
-    assert "(1, 96, 64)" in message_of(run(graph(picture=("OddPicture", {"kind": "no channels"}))))
+@pytest.mark.parametrize("kind, message", [("no channels", "(1, 96, 64)"), ("no values", "the image input cannot be")])
+def test_pictures_that_are_refused(kind, message, graph, run, message_of):
+    assert message in message_of(run(graph(picture=("OddPicture", {"kind": kind}))))

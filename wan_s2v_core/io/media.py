@@ -4,6 +4,7 @@ PyAV is imported inside functions: it is slow to load, and a check of settings n
 """
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,8 @@ def open_media(path: Path) -> Iterator[Any]:
                     f"{name} is a picture ({still}), no sound or video. A voice needs a recording; poses need a "
                     "driving video of several frames, such as an mp4. A picture to be animated is the reference image."
                 ) from error
-            raise ConfigError(f"{name} cannot be opened as sound or video: {error.strerror}. {CURE}") from error
+            reason = "no format of these begins so" if error.errno == errno.EINVAL else error.strerror
+            raise ConfigError(f"{name} cannot be opened as sound or video: {reason}. {CURE}") from error
     with container:
         yield container
 
