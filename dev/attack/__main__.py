@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ def run_class(name: str, options: argparse.Namespace, lab: Lab, seed: int) -> li
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has those in the background ignore Ctrl-C
     options = parse(arguments)
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     folder = Path(tempfile.mkdtemp(prefix="attack-"))

@@ -404,7 +404,9 @@ def a_tensor_of_another_shape(chance, folder):
         name = any_floats(chance, weights)
         value = weights[name]
         ways = (lambda: value[None], lambda: value.flatten(), lambda: value[:0], lambda: torch.cat([value, value]))
-        weights[name] = chance.choice((*ways, lambda: value.movedim(0, -1), lambda: value.sum()))().clone()
+        other = chance.choice((*ways, lambda: value.movedim(0, -1), lambda: value.sum()))()
+        # a square matrix turned over has its own shape: other values, which nobody can tell
+        weights[name] = value[:0].clone() if other.shape == value.shape else other.clone()
 
     rewrite(any_file(chance, folder), edit)
 
