@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -671,11 +671,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, rank: str = "0", ranks: str = "1") -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    rank: str = "0",
+    ranks: str = "1",
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
     """Run a command -> the exit code.
 
     Args:
         rank, ranks: which of how many processes this is, where torchrun has started several for one command.
+        stopped: whether Ctrl-C was pressed. Libraries that it meets while they load may raise something else.
     """
     given = sys.argv[1:] if arguments is None else [*arguments]
     as_json = "--json" in given
@@ -695,6 +701,8 @@ def main(arguments: Sequence[str] | None = None, rank: str = "0", ranks: str = "
             return give_up(problem, UNUSABLE, as_json)
         return options.run(options)
     except WanS2VError as error:
+        if stopped():
+            return give_up("stopped.", STOPPED, as_json)
         return give_up(str(error), UNUSABLE, as_json)
     except OSError as error:
         where = shown(error.filename or "a file")

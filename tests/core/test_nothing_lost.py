@@ -193,7 +193,12 @@ import os, runpy, signal, sys
 class Stop:
     def find_spec(self, name, *rest):
         if name == stopped:
-            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                if name != "torch":
+                    raise
+                raise ImportError("as libraries make it of a Ctrl-C")
 
 stopped = sys.argv.pop(1)
 sys.meta_path.insert(0, Stop())
@@ -207,6 +212,11 @@ MOMENTS = [
     ("wan_s2v_core.config", [str(ROOT / "generate.py"), "--ckpt_dir", "m"]),
     ("torch", ["wan_s2v_core", "inspect", "none"]),
 ]
+
+
+def test_an_error_that_a_library_made_of_ctrl_c(capsys):
+    assert cli.main(["inspect", "none"], stopped=lambda: True) == 130 and cli.main(["inspect", "none"]) == 2
+    assert capsys.readouterr().err.startswith("error: stopped.\nerror: none")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
