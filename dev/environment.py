@@ -176,7 +176,7 @@ def digest(*parts: bytes) -> str:
 
 def pip_install(*arguments: str | Path, python: Path = PYTHON) -> None:
     """Install, held to constraints.txt but for what the arguments themselves pin."""
-    asked = {package(str(argument)) for argument in arguments if "==" in str(argument)}
+    asked = {package(str(argument)) for argument in arguments if "==" in str(argument).partition(";")[0]}
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(line for line in pins() if package(line) not in asked))

@@ -73,3 +73,16 @@ def test_a_folder_that_is_no_comfyui(environment, monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "set_up_comfyui", lambda: None)
     with pytest.raises(environment.SetUpFailed, match="is no folder of ComfyUI"):
         environment.python_for(tmp_path)
+
+
+def test_a_marker_is_no_pin(environment, monkeypatch):
+    """Only what an argument itself pins is taken out of the constraints."""
+    seen = {}
+
+    def pip(command, *arguments, python):
+        seen.update(lines=Path(arguments[1]).read_text().splitlines(), arguments=arguments[2:])
+
+    monkeypatch.setattr(environment, "pip", pip)
+    environment.pip_install("triton; sys_platform == 'linux'", "av==15.0.0")
+    names = {environment.package(line) for line in seen["lines"]}
+    assert "triton" in names and "av" not in names and "torch" in names

@@ -23,6 +23,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["forecast"],
     ["bench", "verify", "inspection", "render", "calibrate"],
     ["cli"],
+    ["command"],
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

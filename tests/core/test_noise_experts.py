@@ -264,7 +264,7 @@ def test_a_stopped_run_goes_on(video_of, run_cli, tiny_checkpoint, other_checkpo
 BAD = {
     "boundary of nothing": ({"noise_boundary": 0}, "noise_boundary=0.0 must lie between 0 and 1"),
     "boundary of everything": ({"noise_boundary": 1}, "noise_boundary=1.0 must lie between 0 and 1"),
-    "boundary that is no number": ({"noise_boundary": "nan"}, "noise_boundary=nan must lie between 0 and 1"),
+    "boundary that is no number": ({"noise_boundary": "nan"}, "--noise_boundary: nan is no number"),
     "boundary alone": ({"noise_expert": None}, "noise_boundary=0.9 with noise_expert=None"),
     "missing": ({"noise_expert": "nowhere"}, "nowhere is not there"),
     "another network": ({"noise_expert": "checkpoint/Wan2.1_VAE.pth"}, "is a Wan 2.1 VAE, not a S2V DiT"),

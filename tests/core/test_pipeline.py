@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor, nn
 
 from wan_s2v_core import assets
@@ -59,7 +58,7 @@ def make_job(seconds: float = 1.0, video: VideoConfig = VIDEO, pose=None) -> S2V
 
 
 class WithoutVAE(S2VPipeline):
-    """With random latents and grey videos of the right size, which are quick."""
+    """With random latents and random videos of the right size, which are quick."""
 
     def encode(self, video: Tensor) -> Tensor:
         frames, *sides = video.shape[2:]
@@ -67,7 +66,7 @@ class WithoutVAE(S2VPipeline):
 
     def decode(self, latents: Tensor, keep_frames: int) -> Tensor:
         frames, *sides = latents.shape[2:]
-        return torch.zeros(1, 3, min(keep_frames, frames_of(frames)), *(PIXELS_PER_LATENT * side for side in sides))
+        return torch.rand(1, 3, min(keep_frames, frames_of(frames)), *(PIXELS_PER_LATENT * side for side in sides))
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -387,7 +386,7 @@ def test_a_clip_that_was_deleted_is_named(tmp_path):
     store.stored.path(1).unlink()
     clips = iter(store.stored)
     next(clips)
-    with pytest.raises(ConfigError, match=r"clip_0001\.mkv is no longer there.*Sample again"):
+    with pytest.raises(ConfigError, match=r"clip_0001\.mkv is no longer there.*Run it again"):
         next(clips)
 
 
@@ -429,7 +428,7 @@ def test_a_disk_without_space_is_one_message(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(clip_store, "save_file", refuse)
+    monkeypatch.setattr(clip_store, "write_record", refuse)
     with pytest.raises(ConfigError, match=r"clip 2 cannot be kept.*No space left.*Free some space") as caught:
         add_all(store, [random_pictures(5)])
     assert len(str(caught.value).splitlines()) == 1 and str(caught.value).endswith("there: 1.")
@@ -490,5 +489,4 @@ def test_without_a_picture_and_with_newer_flags(generate, tmp_path, caplog):
     assert used == {"plain": ("auto", "cpu", False), "other": ("float8-weights", "reference", True)}
     assert not torch.equal(shown["plain"], shown["other"])
     assert sum("portrait that comes with the pack" in record.message for record in caplog.records) == 2
-    with Image.open(settings["request"]["image"]) as portrait:
-        assert portrait.width == portrait.height
+    assert settings["request"]["image"] == assets.embedded(assets.PORTRAIT).name
