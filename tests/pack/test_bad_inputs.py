@@ -118,7 +118,6 @@ OURS = {
         "google/umt5-xxl",
     ),
     "name is empty": ({"filename_prefix": ""}, "filename_prefix=''"),
-    "name too long": ({"filename_prefix": "x" * 300}, "xxx"),
     "folder is a file": ({"filename_prefix": "taken/video"}, "filename_prefix='taken/video'"),
 }
 
@@ -134,14 +133,15 @@ REJECTED = {
     ),
     "name at an absolute path": ({"filename_prefix": "/abs/x"}, "custom_validation_failed", "filename_prefix='/abs/x'"),
     "name of dots": ({"filename_prefix": "a/.."}, "custom_validation_failed", "filename_prefix='a/..'"),
-    "name with a zero byte": ({"filename_prefix": "a\0b"}, "custom_validation_failed", "filename_prefix='a\\x00b'"),
+    "name with a zero byte": ({"filename_prefix": "a\0b"}, "custom_validation_failed", "a\\x00b has a null character"),
+    "name too long": ({"filename_prefix": "x" * 300}, "custom_validation_failed", "filename_prefix xxx"),
     "wrong socket": ({"vae": ["2", 1]}, "return_type_mismatch", "WAN_S2V_VAE"),
     "no steps": ({"steps": 0}, "value_smaller_than_min", "steps"),
     "too many steps": ({"steps": 10**9}, "value_bigger_than_max", "steps"),
     "steps in words": ({"steps": "many"}, "invalid_input_type", "steps"),
     "guidance below 1": ({"guidance_scale": 0.5}, "value_smaller_than_min", "guidance_scale"),
     "negative seed": ({"seed": -1}, "value_smaller_than_min", "seed"),
-    "seed of 64 bits": ({"seed": 2**64 - 1}, "value_bigger_than_max", "seed"),
+    "seed of 65 bits": ({"seed": 2**64}, "value_bigger_than_max", "seed"),
     "fps of 0.5": ({"fps": 0.5}, "value_smaller_than_min", "fps"),
     "fps of 1000": ({"fps": 1000.0}, "value_bigger_than_max", "fps"),
     "clip of 8 frames": ({"clip_frames": 8}, "value_smaller_than_min", "clip_frames"),
@@ -287,15 +287,6 @@ def test_unusual_inputs_work(case, graph, film):
     changes = FINE[case]
     seconds, fps = changes.get("seconds", 1.0), changes.get("fps", 16.0)
     assert len(shown.pictures) == max(1, round(seconds * fps))
-
-
-def test_clips_deleted_between_two_runs(graph, run, comfy, new_seed, message_of):
-    seed, folder = new_seed(), comfy.output / "wan_s2v_clips"
-    assert run(graph(seed=seed)).status == "success"
-    shutil.rmtree(folder)
-    message = message_of(run(graph(seed=seed, filename_prefix="again")))
-    assert "no longer there" in message and "Sample again" in message
-    assert run(graph(seed=new_seed(), filename_prefix="again")).status == "success"
 
 
 @contextlib.contextmanager

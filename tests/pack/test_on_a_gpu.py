@@ -20,10 +20,14 @@ def gpu(comfy, device):
         yield server
 
 
+def small_films(server: ComfyServer) -> list[Path]:
+    return list((server.base / "temp" / "wan_s2v_clips").rglob("*.mp4"))
+
+
 @pytest.mark.parametrize("changes", [{}, OTHERWISE], ids=["two clips", "otherwise"])
 def test_a_prompt_on_a_gpu(changes, gpu, graph, add_node, write_film, comfy, watch, new_seed):
     """Clips, their small films, previews, pictures and sound for other nodes, and the video."""
-    name = write_film("driving.mp4")
+    name, before = write_film("driving.mp4"), len(small_films(gpu))
     gpu.client.upload(comfy.base / "input" / name)
     prompt = graph(**(WIDE | changes), seed=new_seed(), pose_video=("LoadVideo", {"file": name}))
     frames = add_node(prompt, "WanS2VDecode", clips=["6", 0])
@@ -36,4 +40,4 @@ def test_a_prompt_on_a_gpu(changes, gpu, graph, add_node, write_film, comfy, wat
     assert len(ended.previews) == round((WIDE | changes)["seconds"]) and {saved, latents} <= ended.outputs.keys()
     for file in gpu.videos(ended):
         assert watch(file).pictures.shape[1:] == (64, 400, 3)
-    assert len(list((gpu.base / "temp" / "wan_s2v_clips").rglob("*.mp4"))) % 2 == 0
+    assert len(small_films(gpu)) - before == round((WIDE | changes)["seconds"]), "one for each clip"

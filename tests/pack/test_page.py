@@ -233,8 +233,8 @@ def test_clips_are_seen_before_and_while_they_are_made(
 
 
 MEMORY_WORDS = {
-    "en": ("7.2 GB of 24.0 GB", "voice text VAE_encode sampling VAE_decode", "whole", "tiles of ", "Wan S2V Sample"),
-    "zh": ("可用 7.2 GB，共 24.0 GB", "语音 文本 VAE_编码 采样 VAE_解码", "完整", " 像素的分块", "Wan S2V Sample"),
+    "en": ("6.3 GB of 24.0 GB", "voice text VAE_encode sampling VAE_decode", "whole", "tiles of ", "Wan S2V Sample"),
+    "zh": ("可用 6.3 GB，共 24.0 GB", "语音 文本 VAE_编码 采样 VAE_解码", "完整", " 像素的分块", "Wan S2V Sample"),
 }
 """In the panel of a card of 8 GB: what may be used, stages, two plans, and what is not known without a sampler."""
 
