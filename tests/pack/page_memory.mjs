@@ -56,7 +56,7 @@ try {
   seen.opened = await says(graph => window.app.loadGraphData(graph, true, true, 'test'), graph, seen => seen.stages.length)
   await show('opened')
   seen.large = await says(set, ['WanS2VConditioning', { width: 1280, height: 720 }])
-  seen.tight = await says(set, ['WanS2VMemory', { profile: 'custom', vram_limit_gb: 4 }])
+  seen.tight = await says(set, ['WanS2VMemory', { profile: 'custom', vram_limit_gb: 3.5 }])
   await show('tight')
   seen.small = await says(set, ['WanS2VMemory', { vram_limit_gb: 1 }])
   await show('small')
