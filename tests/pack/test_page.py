@@ -260,7 +260,7 @@ def test_memory_is_told_before_a_run(frontend, canvas, language, in_page):
         bytes_ = [float(part[number]["lines"][2].split()[0]) for part in (opened, large, tight)]
         assert bytes_[0] < bytes_[2] < bytes_[1]
         assert tiles in large[number]["lines"][1] and tiles in tight[number]["lines"][1]
-        assert large[number]["share"] < tight[number]["share"] < 1
+        assert all(0.3 < part[number]["share"] < 1 for part in (large, tight))
         assert "tightest form" in small[number]["lines"][1] and small[number]["share"] == pytest.approx(1)
         assert float(preset[number]["lines"][2].split()[0]) > bytes_[1], "float32 takes more"
     asked = {"preset": "reference 480p", "vae_precision": "float32", "vram_limit_gb": "24", "demo": "1"}
