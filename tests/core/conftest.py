@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.cli import main
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in background jobs of a shell, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose a lot where other work shares the cores
