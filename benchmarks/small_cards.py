@@ -18,6 +18,7 @@ Results go to small_cards_WHAT.json in --out, and as a table to the terminal.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import random
@@ -244,6 +245,7 @@ class AnonymousPeak:
     """The most main memory that this process holds besides what it maps from files, beyond what it began with."""
 
     def __enter__(self) -> "AnonymousPeak":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or memory freed before would be taken again unseen
         self.before = self.most = status_bytes("RssAnon")
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch)
@@ -257,6 +259,7 @@ class AnonymousPeak:
     def __exit__(self, *_) -> None:
         self.ended.set()
         self.thread.join()
+        self.most = max(self.most, status_bytes("RssAnon"))
 
     @property
     def bytes(self) -> int:
