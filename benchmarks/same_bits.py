@@ -20,24 +20,24 @@ from pathlib import Path
 import av
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = "--size 96*96 --infer_frames 24 --num_clip 2 --audio_seconds 2.8 --sample_steps 3 --base_seed 7".split()
-SPARSE = "--sparse_keep 0.5 --sparse_dense_steps 1".split()
+SHORT = "--size 96*96 --infer_frames 24 --num_clip 2 --audio_seconds 2.8 --sample_steps 3 --base_seed 7"
+SPARSE = "--sparse_keep 0.5 --sparse_dense_steps 1"
 CASES = {
-    "plain": [],
-    "guided": "--sample_guide_scale 4.5 --audio_guide_scale 3 --hear_past --colour_match 0.5".split(),
-    "dpm++": "--sample_solver dpm++ --sigmas karras --start_from_ref".split(),
-    "euler": "--sample_solver euler --precision bfloat16 --noise reference".split(),
-    "pose": "--pose_video plain.mkv --sample_guide_scale 3".split(),
-    "sparse": [*SPARSE, "--sample_guide_scale", "2"],
-    "sparse near": "--sparse_keep 0.5 --sparse_by distance --sparse_dense_steps 0 --sparse_dense_blocks 0".split(),
-    "float8": "--precision float8-weights --t5_precision float8-weights".split(),
-    "int8": "--precision int8".split(),
-    "sliced": "--slice_tokens 64 --sample_guide_scale 2".split(),
-    "sliced sparse": ["--slice_tokens", "64", *SPARSE],
-    "swapped": "--resident_blocks 1 --weights locked".split(),
-    "swapped mapped": "--resident_blocks 0 --weights mapped --slice_tokens 128 --precision float8-weights".split(),
-    "experts": "--moe_top_k 1 --moe_expert_capacity 16 --moe_overflow drop".split(),
-    "two models": ["--noise_expert", "CHECKPOINT", "--noise_boundary", "0.8"],
+    "plain": "",
+    "guided": "--sample_guide_scale 4.5 --audio_guide_scale 3 --hear_past --colour_match 0.5",
+    "dpm++": "--sample_solver dpm++ --sigmas karras --start_from_ref",
+    "euler": "--sample_solver euler --precision bfloat16 --noise reference",
+    "pose": "--pose_video plain.mkv --sample_guide_scale 3",
+    "sparse": f"{SPARSE} --sample_guide_scale 2",
+    "sparse near": "--sparse_keep 0.5 --sparse_by distance --sparse_dense_steps 0 --sparse_dense_blocks 0",
+    "float8": "--precision float8-weights --t5_precision float8-weights",
+    "int8": "--precision int8",
+    "sliced": "--slice_tokens 64 --sample_guide_scale 2",
+    "sliced sparse": f"--slice_tokens 64 {SPARSE}",
+    "swapped": "--resident_blocks 1 --weights locked",
+    "swapped mapped": "--resident_blocks 0 --weights mapped --slice_tokens 128 --precision float8-weights",
+    "experts": "--moe_top_k 1 --moe_expert_capacity 16 --moe_overflow drop",
+    "two models": "--noise_expert CHECKPOINT --noise_boundary 0.8",
 }
 """Name -> flags of `generate`. `plain` comes first, as its film drives the others."""
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="the whole demo film as well: some minutes")
     parser.add_argument("--kept", type=Path, help="a file that keeps the digests of COMMIT for the next time")
     options = parser.parse_args()
-    cases = {name: [*SHORT, *CASES[name]] for name in dict.fromkeys(["plain", *options.cases])}
+    cases = {name: f"{SHORT} {CASES[name]}".split() for name in dict.fromkeys(["plain", *options.cases])}
     if options.demo:
         cases["demo"] = ["--preset", "embedded demo", "--size", "256*256"]
     kept = json.loads(options.kept.read_text()) if options.kept and options.kept.is_file() else {}
