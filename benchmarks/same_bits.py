@@ -29,7 +29,7 @@ CASES = {
     "euler": "--sample_solver euler --precision bfloat16 --noise reference",
     "pose": "--pose_video plain.mkv --sample_guide_scale 3",
     "sparse": f"{SPARSE} --sample_guide_scale 2",
-    "sparse near": "--sparse_keep 0.5 --sparse_by distance --sparse_dense_steps 0 --sparse_dense_blocks 0 --size 160*160",
+    "sparse near": f"{SPARSE} --sparse_by distance --sparse_dense_steps 0 --sparse_dense_blocks 0 --size 160*160",
     "float8": "--precision float8-weights --t5_precision float8-weights",
     "int8": "--precision int8",
     "sliced": "--slice_tokens 64 --sample_guide_scale 2",
