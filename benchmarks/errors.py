@@ -24,7 +24,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wan_s2v_core.acceleration.attention.sparse import StripOrder, strip_order  # noqa: E402
+from wan_s2v_core.acceleration.attention.sparse import strip_order  # noqa: E402
+from wan_s2v_core.attach import accelerated  # noqa: E402
 from wan_s2v_core.bench.engine import (  # noqa: E402
     DIT,
     MODELS,
@@ -42,7 +43,6 @@ from wan_s2v_core.bench.measure import device_name, now, read_commit, relative_l
 from wan_s2v_core.config import AccelerationPlan  # noqa: E402
 from wan_s2v_core.errors import BackendUnavailable  # noqa: E402
 from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
-from wan_s2v_core.prepare import accelerate  # noqa: E402
 from wan_s2v_core.seams import BlockContext  # noqa: E402
 
 TIMESTEP = 723.0
@@ -80,7 +80,7 @@ class Work:
         config = self.source.config(DIT)
         if self.source.path:
             return build_network(DIT, self.source, loading_of(precision, self.device))
-        return build_short_dit(with_blocks(config, self.blocks), precision, PLAIN, self.device)
+        return build_short_dit(with_blocks(config, self.blocks), precision, self.device)
 
     @torch.inference_mode()
     def forward(self, model: S2VTransformer) -> Tensor:
@@ -89,7 +89,9 @@ class Work:
 
 
 @contextmanager
-def watched(model: S2VTransformer, tell: Callable[[int, Tensor], None], every: int) -> Iterator[None]:
+def watched(
+    model: S2VTransformer, plan: AccelerationPlan, tell: Callable[[int, Tensor], None], every: int
+) -> Iterator[None]:
     """Within, `tell` gets the number of every so-manieth block, and of the last, and the stream after it, B L E.
 
     The stream is overwritten by the next block: it is looked at, or copied, at once. Its tokens are in the order that
@@ -98,7 +100,7 @@ def watched(model: S2VTransformer, tell: Callable[[int, Tensor], None], every: i
 
     def hook(number: int) -> Callable[..., None]:
         def look(_, arguments: tuple[Tensor, BlockContext], stream: Tensor) -> None:
-            tell(number, in_plain_order(model, stream, arguments[1]))
+            tell(number, in_plain_order(plan, stream, arguments[1]))
 
         return look
 
@@ -112,9 +114,9 @@ def watched(model: S2VTransformer, tell: Callable[[int, Tensor], None], every: i
             one.remove()
 
 
-def in_plain_order(model: S2VTransformer, stream: Tensor, context: BlockContext) -> Tensor:
+def in_plain_order(plan: AccelerationPlan, stream: Tensor, context: BlockContext) -> Tensor:
     """Sparse attention has the noisy tokens in the order of strips while they pass the blocks."""
-    if not isinstance(model.stack, StripOrder):
+    if plan.sparse_keep == 1:
         return stream
     order = strip_order(*context.grid).to(stream.device)
     out = stream.clone()
@@ -133,16 +135,30 @@ def exact_stream(work: Work, home: torch.device, every: int) -> tuple[dict[int, 
     """The stream after the blocks in float32, kept on `home`, and the velocity."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, kept = work.build("float32"), {}
-    accelerate(model, PLAIN)
-    with watched(model, lambda number, stream: kept.update({number: stream.to(home, copy=True)}), every):
+
+    def keep(number: int, stream: Tensor) -> None:
+        kept[number] = stream.to(home, copy=True)
+
+    with accelerated(model, PLAIN), watched(model, PLAIN, keep, every):
         velocity = work.forward(model)
     return kept, velocity
 
 
-def errors_of(work: Work, model: S2VTransformer, exact: dict[int, Tensor], velocity: Tensor, every: int) -> dict:
+def errors_of(
+    work: Work,
+    model: S2VTransformer,
+    plan: AccelerationPlan,
+    exact: dict[int, Tensor],
+    velocity: Tensor,
+    every: int,
+) -> dict:
     """By block, and of the output."""
     by_block = {}
-    with watched(model, lambda number, stream: by_block.update({number: distance(stream, exact[number])}), every):
+
+    def look(number: int, stream: Tensor) -> None:
+        by_block[number] = distance(stream, exact[number])
+
+    with accelerated(model, plan), watched(model, plan, look, every):
         output = work.forward(model)
     return {"blocks": by_block, "output": relative_l2(output, velocity)}
 
@@ -161,9 +177,8 @@ def measure(work: Work, home: torch.device, every: int) -> Iterator[dict[str, An
                 model, built = None, None  # two models do not fit
                 release(work.device)
                 model, built = work.build(precision), precision
-            accelerate(model, plan)
             attention = resolve(plan, model.config, precision, work.device).attention
-            found = errors_of(work, model, exact, velocity, every)
+            found = errors_of(work, model, plan, exact, velocity, every)
         except BackendUnavailable as error:
             yield {"way": label, "cannot": str(error)}
             continue

@@ -21,6 +21,7 @@ from torch.nn.attention import sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from wan_s2v_core.attach import accelerated  # noqa: E402
 from wan_s2v_core.bench.engine import AccelerationPlan, build_short_dit, make_inputs, with_blocks  # noqa: E402
 from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
 from wan_s2v_core.bench.measure import interleaved, read_commit, relative_l2  # noqa: E402
@@ -99,12 +100,15 @@ def measure_error(config: S2VModelConfig, shape: ForwardShape) -> dict[str, floa
     def forward(model):
         return model(noise, TIMESTEP, model.condition(inputs))
 
-    model = build_short_dit(config, "float32", EXACT, CARD)
-    exact = forward(model)
+    model = build_short_dit(config, "float32", CARD)
+    with accelerated(model, EXACT):
+        exact = forward(model)
     by_rules = under_reference_rules(model, forward)
     del model
     torch.cuda.empty_cache()
-    ours = forward(build_short_dit(config, "bfloat16", EXACT, CARD))
+    model = build_short_dit(config, "bfloat16", CARD)
+    with accelerated(model, EXACT):
+        ours = forward(model)
     errors = {"ours": relative_l2(ours, exact), "reference_rules": relative_l2(by_rules, exact)}
     return errors | {"ratio": errors["ours"] / errors["reference_rules"], "output_std": float(exact.std())}
 
@@ -181,10 +185,11 @@ def main() -> None:
         if not options.skip_error:
             report["error"] = measure_error(config, shapes[0])
             print(json.dumps(report["error"]), flush=True)
-        model = build_short_dit(config, "bfloat16", EXACT, CARD)
-        for shape in shapes:
-            report["cases"].append(measure_size(model, shape, options.comfyui))
-            print(json.dumps(report["cases"][-1]), flush=True)
+        model = build_short_dit(config, "bfloat16", CARD)
+        with accelerated(model, EXACT):
+            for shape in shapes:
+                report["cases"].append(measure_size(model, shape, options.comfyui))
+                print(json.dumps(report["cases"][-1]), flush=True)
     (options.out / "exact_forward.json").write_text(json.dumps(report, indent=1))
 
 

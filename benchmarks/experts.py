@@ -26,18 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.acceleration.experts.grouped import apply_grouped, group_products  # noqa: E402
-from wan_s2v_core.acceleration.experts.router import set_routing, take_load  # noqa: E402
+from wan_s2v_core.acceleration.experts.router import routed as routed_by  # noqa: E402
+from wan_s2v_core.acceleration.experts.router import take_load  # noqa: E402
 from wan_s2v_core.acceleration.experts.split import (  # noqa: E402
     apply_split,
     plan_split,
     split_feed_forward,
     split_layer,
 )
+from wan_s2v_core.attach import NO_ROUTING  # noqa: E402
 from wan_s2v_core.bench.random_weights import fill_random  # noqa: E402
 from wan_s2v_core.config import ExpertRouting, S2VModelConfig  # noqa: E402
 from wan_s2v_core.model.block import FeedForward  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer  # noqa: E402
-from wan_s2v_core.model.experts import apply_each  # noqa: E402
+from wan_s2v_core.model.experts import ExpertLoad, apply_each  # noqa: E402
 
 EXPERTS, TIMESTEP, SEED = 8, 723.0, 7
 CAPACITIES = (256, 1024, 4096, 16384, None)
@@ -161,12 +163,15 @@ def measure_model(config: S2VModelConfig, size: str, runs: int, device: torch.de
     group_products(model)
     routed = [block.feed_forward for block in blocks]
 
-    def forward(layers: list, routing: ExpertRouting | None = None) -> torch.Tensor:
+    loads: list[ExpertLoad] = []
+
+    def forward(layers: list, routing: ExpertRouting = NO_ROUTING) -> torch.Tensor:
         for block, layer in zip(blocks, layers, strict=True):
             block.feed_forward = layer
-        if routing:
-            set_routing(model, routing)
-        return model(noise, TIMESTEP, condition)
+        with routed_by(routing)(model):
+            velocity = model(noise, TIMESTEP, condition)
+            loads[:] = [take_load(model)]
+        return velocity
 
     calls: dict[str, Call] = {"dense": lambda: forward(dense)}
     for top_k, capacity in MODEL_CASES:
@@ -175,15 +180,13 @@ def measure_model(config: S2VModelConfig, size: str, runs: int, device: torch.de
     expected = forward(dense)
     errors = {name: relative_l2(call(), expected) for name, call in calls.items()}
     forward(routed, ExpertRouting(top_k=4))
-    take_load(model)
-    forward(routed, ExpertRouting(top_k=4))
-    load = take_load(model)
+    load_top_4 = loads[0]
     return {
         "size": size,
         "tokens": condition.rope.shape[0],
         "split_seconds": seconds,
         "difference_to_dense": errors,
-        "load_top_4": load.to_dict(),
+        "load_top_4": load_top_4.to_dict(),
         "results": measure(calls, runs, device),
     }
 

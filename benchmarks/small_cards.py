@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from wan_s2v_core.assets import CHECKPOINT, embedded  # noqa: E402
+from wan_s2v_core.attach import accelerated  # noqa: E402
 from wan_s2v_core.bench.engine import RELEASED, loading_of, make_inputs, meta_network, random_network, with_blocks  # noqa: E402
 from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
 from wan_s2v_core.bench.measure import PeakMemory, card_of, device_name, now, read_commit, release  # noqa: E402
@@ -55,7 +56,6 @@ from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
 from wan_s2v_core.pipeline import S2VPipeline, clip_shape  # noqa: E402
-from wan_s2v_core.prepare import accelerate  # noqa: E402
 
 TIMESTEP = 723.0
 GB = 1e9
@@ -90,8 +90,7 @@ class Bench:
         """Seconds of the last of some forwards, peak bytes allocated and reserved, and the velocity."""
         release(self.device)
         peak = PeakMemory(self.device)
-        with self.placement.on(self.device, plan) as model:
-            accelerate(model, AccelerationPlan(), plan)
+        with self.placement.on(self.device, plan) as model, accelerated(model, AccelerationPlan(), plan):
             inputs, noise = make_inputs(self.config, shape, self.device)
             condition = model.condition(inputs)
             for _ in range(repeats):

@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .acceleration.experts.noise import noise_experts
-from .acceleration.experts.router import set_routing, take_load
+from .acceleration.experts.router import routed, take_load
+from .attach import NO_ROUTING, attached, techniques
 from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.hearing import hear
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
-from .config import AUTO, ExpertRouting, MemoryLimits, S2VModelConfig, SamplingConfig
+from .config import (
+    AUTO,
+    ExpertRouting,
+    MemoryLimits,
+    OffloadPlan,
+    S2VModelConfig,
+    SamplingConfig,
+)
 from .errors import BackendUnavailable, CheckpointError, ConfigError
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of, motion_tokens
 from .io.audio import Recording, check_recording
@@ -44,13 +52,13 @@ from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
 from .model.official import check_official
 from .model.vae_parts import VaeParts
-from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps, warn_of_cpu
+from .prepare import LoadPlan, picture_facts, warn_of_cpu
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
 from .sampling.schedule import make_schedule
 from .sampling.sound_results import WatchedSteps, check_embeddings, check_numbers, check_pixels
-from .seams import Denoiser
+from .seams import Denoiser, Technique, replaced
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +293,7 @@ class S2VPipeline:
         self.networks, self.check = networks, check or (lambda: None)
         self.expert_load = ExpertLoad()
         """What the experts of the last generated video had to do; empty for a dense model."""
+        self._techniques: dict[tuple, tuple[Technique, ...]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -294,9 +303,11 @@ class S2VPipeline:
     def network(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
         """One network, for one stage, as planned. `name`: as for `Networks.use`."""
         self.check()
-        with self.networks.use(name, planned) as network, told(network, self.check):
-            if name == VAE:
-                network.parts = VaeParts(planned.plan.tile_px, is_apart=not planned.plan.holds_pixels)
+        parts = VaeParts(planned.plan.tile_px, is_apart=not planned.plan.holds_pixels)
+        with ExitStack() as stack:
+            network = stack.enter_context(self.networks.use(name, planned))
+            stack.enter_context(told(network, self.check))
+            stack.enter_context(replaced([(network, "parts", parts)] if name == VAE else []))
             yield network
 
     def run(self, name: str, choose: Choose, work: Callable[[nn.Module], T]) -> T:
@@ -413,12 +424,10 @@ class S2VPipeline:
 
         @contextmanager
         def placed(name: str, planned: Planned) -> Iterator[Denoiser]:
-            with self.network(name, planned) as model:
-                if plan := self.networks.acceleration:
-                    accelerate(model, plan, planned.plan)
-                    set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
-                set_routing(model, routing or ExpertRouting())
-                take_load(model)
+            with ExitStack() as stack:
+                model = stack.enter_context(self.network(name, planned))
+                made = self.techniques(model, planned.plan, config, routing or NO_ROUTING)
+                stack.enter_context(attached(model, made))
                 denoiser = clip_denoiser(model, inputs, negative_text, config)
                 log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
                 yield denoiser
@@ -444,6 +453,19 @@ class S2VPipeline:
             latents = denoise(watched, noise, config, on_step)
             watched.check(PART_LABELS[DIT], f"sampling {told}")
             return latents
+
+    def techniques(
+        self, model: S2VTransformer, memory: OffloadPlan, config: SamplingConfig, routing: ExpertRouting
+    ) -> tuple[Technique, ...]:
+        """What a DiT runs with. Made once for each plan: the same objects serve all clips."""
+        plan = self.networks.acceleration
+        if plan is None:
+            return (routed(routing),)
+        known = plan, memory, config, routing, model.dtype, model.device
+        if known not in self._techniques:
+            timesteps = make_schedule(config).timesteps
+            self._techniques = {known: techniques(model, plan, memory, timesteps, routing)}
+        return self._techniques[known]
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:
         """The voice, the pose and the past of one clip."""

@@ -1,8 +1,7 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
 import logging
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,23 +11,18 @@ import torch
 from torch import nn
 
 from .acceleration.attention.registry import Chosen, Setting, choose
-from .acceleration.attention.sparse import SparsePlan, StripOrder, sparse_attend
 from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
 from .acceleration.kernels import kernels_work
-from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
-from .acceleration.pointwise import fuse_pointwise, part_pointwise
 from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
-from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
+from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
 from .memory.activations import ForwardWay
-from .memory.slices import slice_tokens
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
-from .model.dit import S2VTransformer
 from .model.loading import find_part
 
 log = logging.getLogger(__name__)
@@ -67,7 +61,7 @@ class LoadPlan:
     split_experts: int = 0
     """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
     acceleration: AccelerationPlan = field(default_factory=AccelerationPlan)
-    """How they are made faster. What concerns the DiT is attached by `accelerate`, when it is used."""
+    """How they are made faster. What concerns the DiT is attached when it is used; see attach.py."""
     text_in_8_bits: bool = False
     """Whether the text encoder has float8 weights."""
 
@@ -143,11 +137,6 @@ class LoadPlan:
             speed_up(network, self.device, torch.bfloat16 if self.has_fast_vae else torch.float32)
 
 
-EVERYTHING = OffloadPlan()
-ACCELERATED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Model -> plans and device that it is made faster and smaller with now."""
-
-
 def choose_attention(
     plan: AccelerationPlan, config: S2VModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Chosen:
@@ -158,56 +147,6 @@ def choose_attention(
         ConfigError: if there is none of that name.
     """
     return choose(plan.attention, Setting(device, dtype, config.head_width), takes_lists=plan.sparse_keep < 1)
-
-
-def attention_line(chosen: Chosen, plan: AccelerationPlan) -> str:
-    """The attention that runs, as a person reads it."""
-    is_sparse = plan.sparse_keep < 1
-    share = f", {plan.sparse_keep:.0%} of it" if is_sparse else ""
-    return f"attention: {chosen.name}{share} ({'exact' if chosen.is_exact and not is_sparse else 'lossy'})"
-
-
-def accelerate(model: S2VTransformer, plan: AccelerationPlan, memory: OffloadPlan = EVERYTHING) -> None:
-    """Attach what plans say to a loaded DiT at its seams, in place of what was attached before.
-
-    Args:
-        memory: of it, what says how much is computed at once and kept.
-    Raises:
-        BackendUnavailable, ConfigError: as for `choose_attention`.
-    """
-    attached = plan, memory.slice_tokens, memory.keeps_keys_values, model.device
-    if ACCELERATED.get(model) == attached:
-        return
-    ACCELERATED.pop(model, None)
-    is_sparse = plan.sparse_keep < 1
-    chosen = choose_attention(plan, model.config, model.dtype, model.device)
-    if isinstance(model.stack, StripOrder):
-        model.stack = model.stack.stack
-    sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, plan.sparse_dense_blocks)
-    for number, block in enumerate(model.stack.blocks):
-        attend = chosen.attend
-        if is_sparse:
-            attend = sparse_attend(chosen.attend, chosen.attend_listed, sparse, number)
-        block.attention.attend = attend
-    if is_sparse:
-        model.stack = StripOrder(model.stack, sparse)
-    part_pointwise(model)
-    if plan.fused:
-        fuse_pointwise(model)
-    slice_tokens(model, memory.slice_tokens)
-    if memory.keeps_keys_values:
-        keep_keys_values(model)
-    else:
-        compute_keys_values(model)
-    ACCELERATED[model] = attached
-    log.info(attention_line(chosen, plan))
-
-
-def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_steps: int) -> None:
-    """Let the first steps of these look at everything, where attention is sparse."""
-    if isinstance(model.stack, StripOrder):
-        first_sparse = min(dense_steps, len(timesteps))
-        model.stack.plan.dense_from = timesteps[first_sparse - 1] if first_sparse else float("inf")
 
 
 def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:

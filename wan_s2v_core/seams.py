@@ -4,11 +4,36 @@ Shape letters used everywhere: `B` batch, `C` channels, `T` video frames, `F` la
 `h w` latent size, `L` tokens, `N` heads, `D` head size, `E` model width, `A` audio layers, `S` segments (2).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is remembered from step to step while a clip lasts; the clip holds it, and it goes with the clip.
+
+    Techniques keep things in these dictionaries under names of their own. The plain model keeps nothing.
+    """
+
+    own: dict[Any, Any] = field(default_factory=dict)
+    """Of one guidance branch. In a block or injector: its own part."""
+    text: dict[Any, Any] = field(default_factory=dict)
+    """The same, of the text alone: guidance branches that read the same text share it."""
+    clip: dict[Any, Any] = field(default_factory=dict)
+    """Shared by all layers and branches of the clip."""
+
+    def of_layer(self, name: str) -> "Memory":
+        """What a layer of that name remembers."""
+        return Memory(self.own.setdefault(name, {}), self.text.setdefault(name, {}), self.clip)
+
+    def of_branch(self, has_same_text: bool) -> "Memory":
+        """What another guidance branch of the clip remembers."""
+        return Memory({}, self.text if has_same_text else {}, self.clip)
 
 
 @dataclass(frozen=True)
@@ -39,7 +64,9 @@ class BlockContext:
     timestep: float
     """How noisy they are, 0 to 1000; the largest where batch entries differ."""
     branch: str = "cond"
-    """Which guidance branch this is, for caches that must keep the branches apart."""
+    """Which guidance branch this is."""
+    memory: Memory = field(default_factory=Memory)
+    """Of the clip and branch; in a layer of the stack, that layer's part."""
 
     @property
     def has_all_frames(self) -> bool:
@@ -50,6 +77,10 @@ class BlockContext:
     def segments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy tokens, and the rest. B L ... -> two views."""
         return tokens[:, : self.noisy_tokens], tokens[:, self.noisy_tokens :]
+
+    def of_layer(self, name: str) -> "BlockContext":
+        """The same for one layer of the stack, which remembers things of its own."""
+        return replace(self, memory=self.memory.of_layer(name))
 
     def part(self, start: int, stop: int) -> "BlockContext":
         """The same for the tokens at hand from `start` to `stop` alone, which may be noisy ones, others or both."""
@@ -126,11 +157,36 @@ def with_keys(attend: Attend, made: KeysValues, context: BlockContext) -> Attend
     return lambda q, start: attend(q, k, v, context)
 
 
-Stack = Callable[[Tensor, BlockContext], Tensor]
-"""(tokens: B L E, context) -> B L E.
+RunStack = Callable[[nn.Module, Tensor, BlockContext], Tensor]
+"""(the stack of blocks, tokens: B L E, context) -> B L E. It is told the stack, and holds no network of its own, so
+that a copy of a model does not run the original's blocks.
 
-Outside of training a stack may write its result over the tokens it was given, and a block likewise: who needs them
+Outside of training it may write its result over the tokens it was given, and a block likewise: who needs them
 afterwards, such as a cache of differences, takes a copy first.
 """
 Denoiser = Callable[[Tensor, float], Tensor]
 """(latents: B C F h w, timestep in 0..1000) -> velocity of the same shape."""
+
+Technique = Callable[[Any], AbstractContextManager[None]]
+"""model -> context. Within, the model runs with the technique; afterwards it is as it was, whatever has happened.
+
+What it closes over is no model: made once for a plan, it serves every clip and every model of that plan.
+"""
+
+
+@contextmanager
+def replaced(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within, attributes have other values; afterwards those of before. The only way in which techniques set things.
+
+    Args:
+        changes: (owner, name, value) of attributes that exist, in order.
+    """
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in changes:
+            before.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wan_s2v_core.attach import attached
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.cli import main
 from wan_s2v_core.config import S2VModelConfig
@@ -51,6 +52,19 @@ TINY = S2VModelConfig(
     audio_layers=4,
     injected_blocks=(0, 2),
 )
+
+
+@pytest.fixture
+def attach():
+    """attach(model, *techniques): until the test ends, or until the function that comes back is called."""
+    with contextlib.ExitStack() as whole:
+
+        def until_then(model, *techniques):
+            own = whole.enter_context(contextlib.ExitStack())
+            own.enter_context(attached(model, techniques))
+            return own.close
+
+        yield until_then
 
 
 @pytest.fixture

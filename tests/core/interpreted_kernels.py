@@ -15,10 +15,10 @@ from triton.runtime import interpreter
 
 from wan_s2v_core.acceleration.kernels import norm, rotary
 from wan_s2v_core.acceleration.kernels.rows8 import quantize
-from wan_s2v_core.acceleration.pointwise import STEPS_INTO_PRODUCTS, FusedPointwise, attach
+from wan_s2v_core.acceleration.pointwise import STEPS_INTO_PRODUCTS, FusedPointwise, fused_everywhere
 from wan_s2v_core.acceleration.rows8 import quantize_plain
 from wan_s2v_core.memory.activations import ClipShape, ForwardWay, activation_bytes
-from wan_s2v_core.memory.slices import slice_tokens
+from wan_s2v_core.memory.slices import in_slices
 from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.model.rope import rotary_table
 from wan_s2v_core.seams import BlockContext, Rows8
@@ -183,15 +183,15 @@ def small_case(make_model, make_inputs, **change):
 
 
 @pytest.mark.parametrize("change", [{}, {"modulates_audio": False}])
-def test_a_fused_model_is_the_plain_one(change, make_model, make_inputs):
+def test_a_fused_model_is_the_plain_one(change, make_model, make_inputs, attach):
     model, noise, condition = small_case(make_model, make_inputs, **change)
     moments = torch.tensor([700.0, 30.0])
     plain = model(noise, moments, condition)
-    assert len(attach(model)) == 3
+    attach(model, fused_everywhere())
     torch.testing.assert_close(model(noise, moments, condition), plain, atol=1e-5, rtol=1e-5)
 
 
-def test_8_bit_rows_go_where_they_are_taken(make_model, make_inputs):
+def test_8_bit_rows_go_where_they_are_taken(make_model, make_inputs, attach):
     model, noise, condition = small_case(make_model, make_inputs)
     moments = torch.tensor([700.0, 30.0])
     plain = model(noise, moments, condition)
@@ -199,7 +199,7 @@ def test_8_bit_rows_go_where_they_are_taken(make_model, make_inputs):
     names = ("attention.q", "attention.k", "attention.v", "cross_attention.q", "feed_forward.up", "feed_forward.down")
     for name in names:
         block.get_submodule(name).__class__ = Linear8  # each asserts that it is given 8-bit rows
-    attach(model)
+    attach(model, fused_everywhere())
     error = (model(noise, moments, condition) - plain).norm() / plain.norm()
     assert 1e-4 < error < 0.05
 
@@ -216,7 +216,7 @@ def without_circles(kernel):
 
 
 @pytest.mark.parametrize("size", [None, 128])
-def test_a_fused_forward_in_slices(size, make_model, make_inputs, monkeypatch):
+def test_a_fused_forward_in_slices(size, make_model, make_inputs, monkeypatch, attach):
     """The plain result, from slices of the stream that kernels write in place; and what is held is predicted."""
     for module, name in ((norm, "step"), (rotary, "norm_and_turn")):
         monkeypatch.setattr(module, name, without_circles(getattr(module, name)))
@@ -225,8 +225,7 @@ def test_a_fused_forward_in_slices(size, make_model, make_inputs, monkeypatch):
     inputs = replace(inputs, pose_latents=None)
     condition = model.condition(inputs)
     plain = model(noise, 700.0, condition)
-    attach(model)
-    slice_tokens(model, size)
+    attach(model, fused_everywhere(), in_slices(size))
     with LiveBytes() as live:
         condition = model.condition(inputs)
         live.peak = 0

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from live_bytes import LiveBytes
 
-from wan_s2v_core.acceleration.keys_values import keep_keys_values
+from wan_s2v_core.acceleration.keys_values import kept_keys_values
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.memory.activations import (
@@ -19,7 +19,7 @@ from wan_s2v_core.memory.activations import (
     clip_bytes,
     latents_bytes,
 )
-from wan_s2v_core.memory.slices import slice_tokens
+from wan_s2v_core.memory.slices import in_slices
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.rope import rotary_table
 
@@ -35,9 +35,8 @@ def no_gradients():
 
 def counted_peak(model, inputs, noise, size=None) -> tuple[int, ClipShape]:
     """Bytes at the peak of two forwards, with all that the clip is made from counted, and its shape."""
-    slice_tokens(model, size)
     rotary_table.cache_clear()  # on a card each clip has its copy
-    with LiveBytes() as live:
+    with in_slices(size)(model), LiveBytes() as live:
         noise = noise.clone()
         pose = None if inputs.pose_latents is None else inputs.pose_latents.clone()
         condition = model.condition(replace(inputs, pose_latents=pose))
@@ -49,7 +48,7 @@ def counted_peak(model, inputs, noise, size=None) -> tuple[int, ClipShape]:
 
 
 @pytest.mark.parametrize("trial", range(10))
-def test_the_prediction_is_what_is_counted(trial, make_inputs, fresh_seed):
+def test_the_prediction_is_what_is_counted(trial, make_inputs, fresh_seed, attach):
     """Within 10 %, for random sizes, precisions and slices, with and without pose, motion and voice."""
     draw = random.Random(fresh_seed + trial)
     heads = draw.choice((2, 4))
@@ -66,7 +65,7 @@ def test_the_prediction_is_what_is_counted(trial, make_inputs, fresh_seed):
     model, dtype = S2VTransformer(config), draw.choice((torch.float32, torch.bfloat16))
     fill_random(model, fresh_seed, dtype)
     if keeps := draw.random() < 0.5:
-        keep_keys_values(model)
+        attach(model, kept_keys_values)
     h, w = draw.choice(((16, 20), (22, 36), (32, 32)))
     inputs, noise = make_inputs(config, draw.randint(3, 8), h, w, draw.choice((0, 19)), draw.choice((1, 1, 2)))
     inputs = replace(inputs, pose_latents=inputs.pose_latents if draw.random() < 0.5 else None)

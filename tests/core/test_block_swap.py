@@ -11,13 +11,13 @@ from conftest import TINY
 from torch import nn
 
 from wan_s2v_core.acceleration.quantization import swap_linears
+from wan_s2v_core.attach import accelerated
 from wan_s2v_core.config import AccelerationPlan, OffloadPlan
 from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
 from wan_s2v_core.memory.budget import Sizes
 from wan_s2v_core.memory.home import Locking, PackedLayer
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model.text_encoder import TextEncoder
-from wan_s2v_core.prepare import accelerate, set_dense_steps
 
 DEEPER = replace(TINY, blocks=7, injected_blocks=(0, 2, 5))
 CPU = torch.device("cpu")
@@ -61,14 +61,11 @@ def test_techniques_compose(make_model, make_inputs):
     inputs, latents = make_inputs(DEEPER, h=32, w=32)
     sparse = AccelerationPlan(sparse_keep=0.5, sparse_dense_steps=0)
     with torch.inference_mode():
-        accelerate(model, sparse)
-        set_dense_steps(model, (), 0)
-        expected = model(latents, 500.0, model.condition(inputs))
+        with accelerated(model, sparse):
+            expected = model(latents, 500.0, model.condition(inputs))
         placement = Placement(model)
         for plan in (OffloadPlan(0, slice_tokens=256), OffloadPlan(2, slots=1, keeps_keys_values=False)):
-            with placement.on(CPU, plan) as network:
-                accelerate(network, sparse, plan)
-                set_dense_steps(network, (), 0)
+            with placement.on(CPU, plan) as network, accelerated(network, sparse, plan):
                 torch.testing.assert_close(network(latents, 500.0, network.condition(inputs)), expected)
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY
 from live_bytes import LiveBytes
 
+from wan_s2v_core.attach import accelerated
 from wan_s2v_core.bench.engine import RELEASED, meta_network, plan_loading
 from wan_s2v_core.config import MEMORY_PROFILES, AccelerationPlan, MemoryLimits, OffloadPlan
 from wan_s2v_core.errors import ConfigError, OutOfMemory
@@ -31,7 +32,6 @@ from wan_s2v_core.model.checkpoint import DIT, TEXT_ENCODER
 from wan_s2v_core.model.loading import set_types
 from wan_s2v_core.model.rope import rotary_table
 from wan_s2v_core.pipeline import clip_shape
-from wan_s2v_core.prepare import accelerate
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -172,15 +172,18 @@ def test_a_chosen_plan_runs_on_a_card_of_that_size(trial, make_model, make_input
     plan = dit_plan(config, shape, way, MemoryLimits())
     most = plan(Room(10**12), sizes).bytes
     with torch.inference_mode():
-        accelerate(model, AccelerationPlan(), OffloadPlan())
-        expected = model(noise, 500.0, model.condition(inputs))
+        with accelerated(model, AccelerationPlan()):
+            expected = model(noise, 500.0, model.condition(inputs))
         room = Room(round(chance.uniform(0.45, 1.1) * most))
         planned = plan(room, sizes)
         with placement.on(CPU, OffloadPlan(0)):
             pass  # pack outside of the count
         rotary_table.cache_clear()
-        with LiveBytes(cap=room.device_bytes) as live, placement.on(CPU, planned.plan) as network:
-            accelerate(network, AccelerationPlan(), planned.plan)
+        with (
+            LiveBytes(cap=room.device_bytes) as live,
+            placement.on(CPU, planned.plan) as network,
+            accelerated(network, AccelerationPlan(), planned.plan),
+        ):
             pose = inputs.pose_latents.clone()
             condition = network.condition(replace(inputs, pose_latents=pose))
             for _ in range(2):

@@ -27,8 +27,8 @@ from wan_s2v_core.acceleration.experts.router import (
     check_routing,
     describe_experts,
     gate_losses,
+    routed,
     routed_layers,
-    set_routing,
     take_load,
 )
 from wan_s2v_core.acceleration.experts.split import (
@@ -381,8 +381,8 @@ def test_measured_errors_fall_to_nothing(make_model, make_inputs):
     assert [float(part.rstrip("%")) / 100 for part in lines[4].split()[1:]] == pytest.approx(half[1:], abs=6e-4)
     errors = []
     for top_k in (8, 6, 2):
-        set_routing(model, ExpertRouting(top_k=top_k))
-        errors.append(float((model(noise, 300.0, condition) - expected).norm() / expected.norm()))
+        with routed(ExpertRouting(top_k=top_k))(model):
+            errors.append(float((model(noise, 300.0, condition) - expected).norm() / expected.norm()))
     assert errors[0] < 1e-5 < errors[1] < errors[2] < 1
     assert "not measured" in str(plan_split(make_model(), 2))
 
@@ -420,7 +420,7 @@ def test_split_of_8_bit_weights_keeps_them(make_model, make_inputs):
     torch.testing.assert_close(model(noise, 500.0, model.condition(inputs)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_split_is_kept_in_a_file_without_weights(make_model, make_inputs, tmp_path):
+def test_a_split_is_kept_in_a_file_without_weights(make_model, make_inputs, tmp_path, attach):
     (inputs, noise), model = make_inputs(), make_model()
     path = split_path(tmp_path, 4, shared=1)
     assert path == tmp_path / "experts_4_shared_1.safetensors"
@@ -430,7 +430,7 @@ def test_a_split_is_kept_in_a_file_without_weights(make_model, make_inputs, tmp_
     assert path.stat().st_size < sum(p.nbytes for p in again.stack.blocks[0].parameters())
     apply_split(again, load_split(path))
     for one in (model, again):
-        set_routing(one, ExpertRouting(top_k=2))
+        attach(one, routed(ExpertRouting(top_k=2)))
     outputs = [one(noise, 500.0, one.condition(inputs)) for one in (model, again)]
     assert torch.equal(*outputs)
 
@@ -472,8 +472,8 @@ def test_bad_split_files_are_named(make_model, tmp_path):
         (lambda: ExpertRouting(overflow="lose"), "overflow='lose'.*spill"),
         (lambda: ExpertRouting(overflow="drop"), "Give a capacity"),
         (lambda: ExpertRouting(gate_dropout=1.0), "gate_dropout=1.0"),
-        (lambda: set_routing(S2VTransformer(TINY), ExpertRouting(top_k=2)), "Not applicable"),
-        (lambda: set_routing(S2VTransformer(MOE), ExpertRouting(top_k=5)), "top_k=5 with 4 experts"),
+        (lambda: routed(ExpertRouting(top_k=2))(S2VTransformer(TINY)).__enter__(), "Not applicable"),
+        (lambda: routed(ExpertRouting(top_k=5))(S2VTransformer(MOE)).__enter__(), "top_k=5 with 4 experts"),
         (lambda: plan_split(S2VTransformer(TINY), 7), "split_experts=7 does not divide"),
         (lambda: plan_split(S2VTransformer(MOE), 4), "4 experts already"),
         (lambda: gate_losses(S2VTransformer(MOE)), "training mode"),
@@ -561,7 +561,7 @@ def test_a_file_that_does_not_say_top_k_is_refused(make_model, tmp_path):
         find_part(tmp_path / "single.safetensors", names.DIT)
 
 
-def test_knobs_of_a_native_model(make_model, make_inputs):
+def test_knobs_of_a_native_model(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model(MOE), make_inputs()
     condition = model.condition(inputs)
     expected = model(noise, 500.0, condition)
@@ -569,14 +569,14 @@ def test_knobs_of_a_native_model(make_model, make_inputs):
     tokens = condition.rope.shape[0]
     assert load.tokens == TINY.blocks * tokens and sum(load.chosen) == 2 * load.tokens
     assert take_load(model) == ExpertLoad(), "taking it starts anew"
-    set_routing(model, ExpertRouting(expert_capacity=11))
     group_products(model)
-    torch.testing.assert_close(model(noise, 500.0, condition), expected, atol=1e-5, rtol=1e-5)
-    set_routing(model, ExpertRouting(expert_capacity=11, overflow="drop"))
-    assert not torch.allclose(model(noise, 500.0, condition), expected)
-    seeds = {layer.routing.gate_dropout_seed for layer in routed_layers(model)}
+    with routed(ExpertRouting(expert_capacity=11))(model):
+        torch.testing.assert_close(model(noise, 500.0, condition), expected, atol=1e-5, rtol=1e-5)
+    with routed(ExpertRouting(expert_capacity=11, overflow="drop"))(model):
+        assert not torch.allclose(model(noise, 500.0, condition), expected)
+        seeds = {layer.routing.gate_dropout_seed for layer in routed_layers(model)}
     assert seeds == {None}
-    set_routing(model, ExpertRouting(gate_dropout=0.5, gate_dropout_seed=7))
+    attach(model, routed(ExpertRouting(gate_dropout=0.5, gate_dropout_seed=7)))
     assert [layer.routing.gate_dropout_seed for layer in routed_layers(model)] == [7, 8, 9]
     dropped = model(noise, 500.0, condition)
     assert torch.equal(model(noise, 500.0, condition), dropped) and not torch.allclose(dropped, expected)
@@ -590,10 +590,10 @@ def test_8_bit_weights_leave_the_gate_alone(make_model):
 
 
 @pytest.mark.parametrize(("top_k", "gate_dropout"), [(2, 0.1), (4, 0.0)])
-def test_gradients_reach_every_parameter_of_a_routed_model(top_k, gate_dropout, make_model, make_inputs):
+def test_gradients_reach_every_parameter_of_a_routed_model(top_k, gate_dropout, make_model, make_inputs, attach):
     with torch.inference_mode(False), torch.enable_grad():
         model = make_model(replace(MOE, top_k=top_k)).requires_grad_(True).train()
-        set_routing(model, ExpertRouting(gate_dropout=gate_dropout))
+        attach(model, routed(ExpertRouting(gate_dropout=gate_dropout)))
         inputs, noise = make_inputs(batch=2)
         loss = model(noise, torch.tensor([500.0, 3.0]), model.condition(inputs)).square().mean()
         balance, z = gate_losses(model)

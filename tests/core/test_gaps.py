@@ -10,14 +10,15 @@ import torch
 from card_memory import LARGE, MIB, CardMemory, Tensors
 
 from wan_s2v_core.acceleration import pointwise
-from wan_s2v_core.acceleration.keys_values import compute_keys_values, keep_keys_values
+from wan_s2v_core.acceleration.keys_values import kept_keys_values
+from wan_s2v_core.attach import attached, attending
 from wan_s2v_core.bench.engine import RELEASED, loading_of, meta_network, with_blocks
 from wan_s2v_core.bench.flops import ForwardShape
 from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.memory.activations import ForwardWay
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, NoPlanFits, Planned, Room, Sizes, dit_plan, vae_plan
 from wan_s2v_core.memory.placement import Placement
-from wan_s2v_core.memory.slices import slice_tokens
+from wan_s2v_core.memory.slices import in_slices
 from wan_s2v_core.memory.vae_room import KERNELS, VaeWork, peak_bytes
 from wan_s2v_core.model import attention
 from wan_s2v_core.model.checkpoint import DIT
@@ -96,16 +97,14 @@ def clip_tensors(
     from wan_s2v_core.acceleration.attention.hopper import prepare8, prepare16
     from wan_s2v_core.acceleration.attention.registry import prepared
 
-    slice_tokens(network, plan.slice_tokens)
-    (keep_keys_values if plan.keeps_keys_values else compute_keys_values)(network)
-    for block in network.stack.blocks:
-        block.attention.attend = prepared(prepare8 if bits == 8 else prepare16)[0]
+    techniques = [attending(prepared(prepare8 if bits == 8 else prepare16)[0]), in_slices(plan.slice_tokens)]
+    techniques += [kept_keys_values] if plan.keeps_keys_values else []
     (height, width), frames = shape.latent_size, shape.latent_frames
 
     def made(*sizes: int) -> torch.Tensor:
         return torch.empty(1, *sizes, device=META)
 
-    with torch.inference_mode(), Tensors(META) as tensors:
+    with torch.inference_mode(), attached(network, techniques), Tensors(META) as tensors:
         inputs = ClipInputs(
             reference_latents=made(16, 1, height, width),
             motion_latents=made(16, shape.motion_latents, height, width) if shape.has_motion else None,
@@ -141,11 +140,11 @@ def planned_clip(network: S2VTransformer, shape: ForwardShape, room: Room, way: 
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 16), ("float8", 16), ("float8", 8)])
-def test_no_plan_runs_out_of_memory(without_kernels, precision, bits, fresh_seed):
+def test_no_plan_runs_out_of_memory(without_kernels, precision, bits, fresh_seed, attach):
     chance, seen = random.Random(fresh_seed), 0
     config, loading = with_blocks(RELEASED[DIT], 3), loading_of(precision, torch.device("cpu"))
     network = set_types(meta_network(DIT, config, loading), loading.dtype(DIT))
-    pointwise.attach(network)
+    attach(network, pointwise.fused_everywhere())
     while seen < TRIALS:
         sizes = ((832, 480), (1280, 704), (chance.randrange(256, 1600, 16), chance.randrange(256, 1300, 16)))
         shape = ForwardShape(*chance.choice(sizes), chance.choice((5, 10, 20, 30)), chance.random() < 0.7)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
 
-from wan_s2v_core.acceleration.pointwise import FusedPointwise, attach, fuse_pointwise, steps_in_8_bits
+from wan_s2v_core.acceleration.pointwise import FusedPointwise, fused_everywhere, fused_steps, steps_in_8_bits
 from wan_s2v_core.acceleration.rows8 import quantize_rows
 from wan_s2v_core.model.attention import CrossAttention
 from wan_s2v_core.model.pointwise import Pointwise
@@ -96,27 +96,27 @@ def test_a_part_of_the_frames_is_not_all_of_them(noisy, at_work):
 def test_nothing_is_fused_on_a_cpu(make_model):
     model = make_model()
     before = [block.pointwise for block in model.stack.blocks]
-    assert not fuse_pointwise(model)
-    assert all(block.pointwise is plain for block, plain in zip(model.stack.blocks, before, strict=True))
+    with fused_steps()(model):
+        assert all(block.pointwise is plain for block, plain in zip(model.stack.blocks, before, strict=True))
 
 
-def test_with_gradients_the_plain_steps_serve(make_model, make_inputs):
+def test_with_gradients_the_plain_steps_serve(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model().requires_grad_(True), make_inputs(batch=2)
     gradients = []
     for _ in range(2):
         model(noise, torch.tensor([500.0, 3.0]), model.condition(inputs)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
         model.zero_grad(set_to_none=True)
-        attach(model)
+        attach(model, fused_everywhere())
     assert isinstance(model.stack.blocks[0].feed_forward.pointwise, FusedPointwise)
     for plain, fused in zip(*gradients, strict=True):
         torch.testing.assert_close(fused, plain)
 
 
-def test_where_kernels_cannot_go_the_plain_steps_serve(at_work):
+def test_where_kernels_cannot_go_the_plain_steps_serve(at_work, attach):
     model, tokens, context = at_work
     plain = model.stack(tokens.clone(), context)
-    attach(model)
+    attach(model, fused_everywhere())
     torch.testing.assert_close(model.stack(tokens.clone(), context), plain)
 
 
@@ -214,8 +214,8 @@ def test_every_cross_attention_hears_groups_or_all(no_gradients):
     """Groups by index, by runs, and one group for all are the same attention."""
     attention = CrossAttention(16, 2, 1e-6)
     x, others = torch.randn(2, 12, 16), torch.randn(2, 3, 4, 16)
-    by_runs = attention(x, attention.keys_values(others), Pointwise())
-    by_index = attention(x, attention.keys_values(others), Pointwise(), torch.arange(3).repeat_interleave(4))
+    by_runs = attention(x, attention.keys_values(others, {}), Pointwise())
+    by_index = attention(x, attention.keys_values(others, {}), Pointwise(), torch.arange(3).repeat_interleave(4))
     torch.testing.assert_close(by_index, by_runs, atol=1e-5, rtol=1e-5)
-    alone = attention(x[:, 4:8], attention.keys_values(others[:, 1]), Pointwise())
+    alone = attention(x[:, 4:8], attention.keys_values(others[:, 1], {}), Pointwise())
     torch.testing.assert_close(by_runs[:, 4:8], alone, atol=1e-5, rtol=1e-5)

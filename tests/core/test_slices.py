@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from wan_s2v_core.acceleration.attention import sparse
 from wan_s2v_core.acceleration.attention.reference import attend_listed, emulate8, prepare_emulated8
 from wan_s2v_core.acceleration.attention.registry import PreparedListed, prepared
-from wan_s2v_core.acceleration.attention.sparse import SparsePlan, StripOrder, sparse_attend
-from wan_s2v_core.acceleration.experts.router import set_routing, take_load
-from wan_s2v_core.acceleration.keys_values import keep_keys_values
+from wan_s2v_core.acceleration.attention.sparse import SparsePlan, sparse_attend, strips
+from wan_s2v_core.acceleration.experts.router import routed, take_load
+from wan_s2v_core.acceleration.keys_values import kept_keys_values
+from wan_s2v_core.attach import accelerated, attached, attending
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, ExpertRouting, SamplingConfig
 from wan_s2v_core.geometry import TILE, frame_slices, token_slices
 from wan_s2v_core.memory import slices
-from wan_s2v_core.memory.slices import inject_in_slices, runs_of_frames, slice_tokens
+from wan_s2v_core.memory.slices import in_slices, inject_in_slices, runs_of_frames
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.audio import inject_whole
 from wan_s2v_core.model.block import run_whole
 from wan_s2v_core.pipeline import clip_denoiser, told
-from wan_s2v_core.prepare import accelerate
 from wan_s2v_core.seams import KeysValues, with_keys
 
 SIZES = (1, 128, 200, 256, 384)
@@ -56,10 +56,9 @@ def ran(monkeypatch):
 
 
 def both_ways(model, noise, condition, size, timestep=500.0):
-    slice_tokens(model, None)
     plain = model(noise, timestep, condition)
-    slice_tokens(model, size)
-    return model(noise, timestep, condition), plain
+    with in_slices(size)(model):
+        return model(noise, timestep, condition), plain
 
 
 # --- where it is cut -----------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def test_a_part_of_a_context(make_model, make_inputs):
 
 
 @pytest.mark.parametrize("trial", range(10))
-def test_slices_are_the_plain_way(trial, make_model, make_inputs, ran, fresh_seed):
+def test_slices_are_the_plain_way(trial, make_model, make_inputs, ran, fresh_seed, attach):
     """Random small models and clips, with and without pose, motion, injectors, a voice that modulates, kept keys."""
     draw = random.Random(fresh_seed + trial)
     heads, blocks = draw.choice((1, 2, 4)), draw.choice((1, 2, 3))
@@ -127,7 +126,7 @@ def test_slices_are_the_plain_way(trial, make_model, make_inputs, ran, fresh_see
     if draw.random() < 0.5:
         inputs = replace(inputs, pose_latents=None)
     if draw.random() < 0.5:
-        keep_keys_values(model)
+        attach(model, kept_keys_values)
     condition, timestep = model.condition(inputs), torch.tensor([500.0, 9.0])[:batch]
     size = draw.choice(SIZES)
     sliced, plain = both_ways(model, noise, condition, size, timestep)
@@ -138,11 +137,10 @@ def test_slices_are_the_plain_way(trial, make_model, make_inputs, ran, fresh_see
 
 def test_slices_can_be_taken_off(make_model, make_inputs, ran):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
-    slice_tokens(model, 256)
-    model(noise, 500.0, model.condition(inputs))
-    assert ran and model.head.tokens_at_once == model.tokens_at_once == 256
+    with in_slices(256)(model):
+        model(noise, 500.0, model.condition(inputs))
+        assert ran and model.head.tokens_at_once == model.tokens_at_once == 256
     ran.clear()
-    slice_tokens(model, None)
     model(noise, 500.0, model.condition(inputs))
     assert not ran and model.head.tokens_at_once is None and model.tokens_at_once is None
     assert all(block.run is run_whole for block in model.stack.blocks)
@@ -155,10 +153,10 @@ def test_a_slice_that_holds_all_is_the_plain_way(make_model, make_inputs, ran):
     assert torch.equal(sliced, plain) and not ran
 
 
-def test_the_stream_is_written_over(make_model, make_inputs):
+def test_the_stream_is_written_over(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
     tokens, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs), 500.0)
-    slice_tokens(model, 256)
+    attach(model, in_slices(256))
     for layer in (model.stack.blocks[0], model.stack.injectors[0]):
         before = tokens.clone()
         assert layer(tokens, context) is tokens and not torch.equal(tokens, before)
@@ -180,8 +178,8 @@ def test_with_gradients_the_plain_way_serves(make_model, make_inputs, ran):
         model, (inputs, noise) = make_model().requires_grad_(True), make_inputs(**BIG)
         gradients = []
         for size in (None, 128):
-            slice_tokens(model, size)
-            model(noise, 500.0, model.condition(inputs)).square().mean().backward()
+            with in_slices(size)(model):
+                model(noise, 500.0, model.condition(inputs)).square().mean().backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad(set_to_none=True)
         assert not ran
@@ -189,9 +187,9 @@ def test_with_gradients_the_plain_way_serves(make_model, make_inputs, ran):
             torch.testing.assert_close(sliced, plain, atol=1e-6, rtol=1e-4)
 
 
-def test_every_layer_is_told_once(make_model, make_inputs):
+def test_every_layer_is_told_once(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
-    slice_tokens(model, 128)
+    attach(model, in_slices(128))
     condition, calls = model.condition(inputs), []
     with told(model, lambda: calls.append(1)):
         model(noise, 500.0, condition)
@@ -215,12 +213,10 @@ def test_experts_are_the_plain_ones(routing, make_model, make_inputs):
     """Also those of which tokens compete for a place: their feed-forward sees all tokens together."""
     config = replace(TINY, num_experts=4, top_k=2)
     model, (inputs, noise) = make_model(config), make_inputs(config, **BIG)
-    set_routing(model, routing)
     condition, loads = model.condition(inputs), []
     for size in (None, 256):
-        slice_tokens(model, size)
-        take_load(model)
-        loads.append((model(noise, 500.0, condition), take_load(model)))
+        with attached(model, [in_slices(size), routed(routing)]):
+            loads.append((model(noise, 500.0, condition), take_load(model)))
     (plain, load), (sliced, sliced_load) = loads
     torch.testing.assert_close(sliced, plain, **CLOSE)
     assert sliced_load.tokens == load.tokens and sliced_load.chosen == load.chosen
@@ -249,13 +245,11 @@ def lists_of(monkeypatch):
 @pytest.mark.parametrize("size", [128, 256, 400])
 def test_sparse_attention_in_slices_is_the_whole(by, size, make_model, make_inputs, ran):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
-    accelerate(model, AccelerationPlan(sparse_keep=0.3, sparse_by=by, sparse_dense_blocks=1))
     condition = model.condition(inputs)
-    sliced, plain = both_ways(model, noise, condition, size)
+    with accelerated(model, AccelerationPlan(sparse_keep=0.3, sparse_by=by, sparse_dense_steps=0)):
+        sliced, plain = both_ways(model, noise, condition, size)
     torch.testing.assert_close(sliced, plain, **CLOSE)
     assert ran
-    accelerate(model, AccelerationPlan())
-    slice_tokens(model, None)
     assert not torch.allclose(model(noise, 500.0, condition), plain, atol=1e-4), "something is left out"
 
 
@@ -280,7 +274,7 @@ def emulated(keys_at_once):
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize("by", [SPARSE_BY_SCORES, SPARSE_BY_DISTANCE])
-def test_8_bit_attention_prepares_its_keys_once(share, by, make_model, make_inputs):
+def test_8_bit_attention_prepares_its_keys_once(share, by, make_model, make_inputs, attach):
     """Scales of tiles and channels are those of all keys; so the sliced model is the plain one, rounded alike."""
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
     attend, listed = emulated(64)
@@ -290,10 +284,9 @@ def test_8_bit_attention_prepares_its_keys_once(share, by, make_model, make_inpu
         made_for.append(made)
         return listed.prepare(made)
 
-    plan = SparsePlan(share, by, 0)
-    for number, block in enumerate(model.stack.blocks):
-        block.attention.attend = sparse_attend(attend, PreparedListed(counted), plan, number) if share < 1 else attend
-    model.stack = StripOrder(model.stack, plan)
+    if share < 1:
+        attend = sparse_attend(attend, PreparedListed(counted), SparsePlan(share, by))
+    attach(model, attending(attend), strips)
     condition = model.condition(inputs)
     exact_model_output = model(noise, 500.0, condition)
     sliced, plain = both_ways(model, noise, condition, 128)
@@ -341,13 +334,12 @@ def test_any_backend_serves_slices_of_queries():
 # --- strips, and what branches share -----------------------------------------------------------------------------
 
 
-def test_strips_do_not_copy_the_stream(make_model, make_inputs):
+def test_strips_do_not_copy_the_stream(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model(), make_inputs(h=22, w=36)
-    stack = StripOrder(model.stack, SparsePlan(1.0, SPARSE_BY_SCORES, 0))
-    slice_tokens(model, 256)
+    attach(model, in_slices(256), strips)
     tokens, context = model.embed(noise, model.embed_time(500.0)[1], model.condition(inputs), 500.0)
     plain = model.stack(tokens.clone(), context)
-    out = stack(tokens, context)
+    out = model.run_stack(model.stack, tokens, context)
     assert out.data_ptr() == tokens.data_ptr()
     torch.testing.assert_close(out, plain, atol=2e-5, rtol=2e-5)
 

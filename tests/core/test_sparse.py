@@ -14,7 +14,6 @@ from wan_s2v_core.acceleration.attention.reference import attend_listed
 from wan_s2v_core.acceleration.attention.sparse import (
     TILE,
     SparsePlan,
-    StripOrder,
     TileGrid,
     always_kept,
     list_best,
@@ -22,19 +21,16 @@ from wan_s2v_core.acceleration.attention.sparse import (
     list_by_scores,
     sparse_attend,
     strip_order,
+    strips,
     tile_means,
 )
-from wan_s2v_core.acceleration.keys_values import KeptKeysValues
-from wan_s2v_core.acceleration.pointwise import FusedPointwise, attach
+from wan_s2v_core.attach import accelerated
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
-from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
-from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.pipeline import S2VPipeline
-from wan_s2v_core.prepare import accelerate, plan_loading, set_dense_steps
-from wan_s2v_core.sampling.schedule import make_schedule
+from wan_s2v_core.prepare import plan_loading
 
 CPU = torch.device("cpu")
 DENSE = AccelerationPlan(attention="sdpa")
@@ -198,12 +194,12 @@ def test_a_stack_in_strips_is_the_plain_one(batch, make_model, make_inputs):
     with torch.inference_mode():
         moments = torch.tensor([500.0, 9.0])[:batch]
         plain = model(noise, moments, model.condition(inputs))
-        model.stack = StripOrder(model.stack, SparsePlan(1.0, SPARSE_BY_SCORES, 0))
         seen = []
         hook = model.stack.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given))
-        strips = model(noise, moments, model.condition(inputs))
+        with strips(model):
+            in_strips = model(noise, moments, model.condition(inputs))
         hook.remove()
-    torch.testing.assert_close(strips, plain, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(in_strips, plain, atol=2e-5, rtol=2e-5)
     ((_, context),) = seen
     order = strip_order(*context.grid)
     assert not torch.equal(order, torch.arange(len(order))), "something is put into another order here"
@@ -246,28 +242,24 @@ def test_what_is_listed_is_seen(by, batch, make_model, make_inputs):
         lists = list_by_scores(q, tile_means(k), grid, 0.3)
     else:
         lists = list_by_distance(grid, 0.3, batch * TINY.heads, CPU)
-    out = sparse_attend(sdpa, attend_listed, SparsePlan(0.3, by, 0), block=0)(q, k, v, context)
+    out = sparse_attend(sdpa, attend_listed, SparsePlan(0.3, by))(q, k, v, context)
     torch.testing.assert_close(out, masked(q, k, v, lists), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out, sdpa(q, k, v, context), atol=1e-3), "something is left out"
 
 
 def test_all_of_it_is_dense(make_model, make_inputs):
     q, k, v, context = in_block(make_model, make_inputs)
-    attend = sparse_attend(sdpa, attend_listed, SparsePlan(1.0, SPARSE_BY_SCORES, 0), block=0)
+    attend = sparse_attend(sdpa, attend_listed, SparsePlan(1.0, SPARSE_BY_SCORES))
     assert torch.equal(attend(q, k, v, context), sdpa(q, k, v, context))
     grid = TileGrid(*context.grid, tokens=k.shape[1])
     everything = attend_listed(q, k, v, *list_by_scores(q, tile_means(k), grid, 1.0))
     torch.testing.assert_close(everything, sdpa(q, k, v, context), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("block", "timestep", "is_dense"),
-    [(0, 100.0, True), (1, 100.0, True), (2, 100.0, False), (2, 899.0, False), (2, 900.0, True), (2, 999.0, True)],
-)
-def test_first_blocks_and_first_steps_are_dense(block, timestep, is_dense, make_model, make_inputs):
+@pytest.mark.parametrize(("timestep", "is_dense"), [(100.0, False), (899.0, False), (900.0, True), (999.0, True)])
+def test_first_steps_are_dense(timestep, is_dense, make_model, make_inputs):
     *given, context = in_block(make_model, make_inputs, timestep)
-    plan = SparsePlan(0.3, SPARSE_BY_SCORES, dense_blocks=2)
-    plan.dense_from = 900.0
+    plan = SparsePlan(0.3, SPARSE_BY_SCORES, dense_from=900.0)
     calls = []
 
     def dense(q, k, v, context):
@@ -278,7 +270,7 @@ def test_first_blocks_and_first_steps_are_dense(block, timestep, is_dense, make_
         calls.append("sparse")
         return q
 
-    sparse_attend(dense, listed, plan, block)(*given, context)
+    sparse_attend(dense, listed, plan)(*given, context)
     assert calls == ["dense" if is_dense else "sparse"]
 
 
@@ -292,95 +284,25 @@ def test_a_sparse_model(by, make_model, make_inputs):
     with torch.inference_mode():
         condition = model.condition(inputs)
         plain = model(noise, 500.0, condition)
-        accelerate(model, replace(SPARSE, sparse_by=by))
-        sparse = model(noise, 500.0, condition)
+        with accelerated(model, replace(SPARSE, sparse_by=by)):
+            sparse = model(noise, 500.0, condition)
         error = (sparse - plain).norm() / plain.norm()
         assert 1e-5 < error < 0.3, error
-        accelerate(model, replace(SPARSE, sparse_by=by, sparse_dense_blocks=TINY.blocks))
-        torch.testing.assert_close(model(noise, 500.0, condition), plain, atol=2e-5, rtol=2e-5)
+        with accelerated(model, replace(SPARSE, sparse_by=by, sparse_dense_blocks=TINY.blocks)):
+            torch.testing.assert_close(model(noise, 500.0, condition), plain, atol=2e-5, rtol=2e-5)
 
 
 def test_a_sparse_model_learns(make_model, make_inputs):
     """Tables that were made in inference serve training as well."""
     model, (inputs, noise) = make_model().requires_grad_(True), make_inputs(**BIG)
-    accelerate(model, replace(SPARSE, sparse_by=SPARSE_BY_DISTANCE))
-    with torch.inference_mode():
-        model(noise, 500.0, model.condition(inputs))
-    model(noise, 500.0, model.condition(inputs)).square().mean().backward()
+    with accelerated(model, replace(SPARSE, sparse_by=SPARSE_BY_DISTANCE)):
+        with torch.inference_mode():
+            model(noise, 500.0, model.condition(inputs))
+        model(noise, 500.0, model.condition(inputs)).square().mean().backward()
     assert all(block.attention.q.weight.grad.abs().sum() > 0 for block in model.stack.blocks)
 
 
-def state_of(model):
-    """What is attached to a model."""
-    return [
-        type(model.stack),
-        *(block.attention.attend for block in model.stack.blocks),
-        *(type(module.pointwise) for module in model.modules() if hasattr(module, "pointwise")),
-    ]
-
-
-def test_another_plan_leaves_no_trace_of_the_first(make_model, make_inputs):
-    model, (inputs, noise) = make_model(), make_inputs(**BIG)
-    stack = model.stack
-    names = [name for name, _ in model.named_parameters()]
-    with torch.inference_mode():
-        accelerate(model, DENSE)
-        before, plain = state_of(model), model(noise, 500.0, model.condition(inputs))
-        assert model.stack is stack and set(before[1 : 1 + TINY.blocks]) == {sdpa}
-        accelerate(model, SPARSE)
-        assert isinstance(model.stack, StripOrder) and model.stack.stack is stack
-        assert len({block.attention.attend for block in model.stack.blocks} - {sdpa}) == TINY.blocks
-        accelerate(model, replace(SPARSE, sparse_keep=0.5))
-        assert model.stack.stack is stack and model.stack.plan.share == 0.5, "one order of strips, not two"
-        accelerate(model, DENSE)
-        assert model.stack is stack and state_of(model) == before
-        assert [name for name, _ in model.named_parameters()] == names
-        assert torch.equal(model(noise, 500.0, model.condition(inputs)), plain)
-
-
-def test_steps_are_plain_again_when_they_are_not_to_be_fused(make_model):
-    model = make_model()
-    attach(model)  # as on a card
-    accelerate(model, replace(DENSE, fused=False))
-    owners = [module for module in model.modules() if hasattr(module, "pointwise")]
-    assert len(owners) > TINY.blocks and all(type(module.pointwise) is Pointwise for module in owners)
-    attach(model)
-    accelerate(model, replace(DENSE, fused=True))
-    assert not any(isinstance(module.pointwise, FusedPointwise) for module in owners), "not on a CPU"
-    cross = [block.cross_attention for block in model.stack.blocks]
-    assert all(isinstance(one.keys_values, KeptKeysValues) for one in cross)
-
-
-def test_the_same_plan_again_costs_nothing(make_model, monkeypatch):
-    model = make_model()
-    accelerate(model, SPARSE)
-    before = state_of(model)
-    accelerate(model, AccelerationPlan.from_dict(SPARSE.to_dict()))
-    assert state_of(model) == before
-
-
-def test_a_plan_that_cannot_be_used_leaves_a_model_as_it_is(make_model):
-    model = make_model()
-    accelerate(model, SPARSE)
-    before = state_of(model)
-    with pytest.raises(ConfigError):
-        accelerate(model, AccelerationPlan(attention="nonsense"))
-    assert state_of(model) == before
-    accelerate(model, DENSE)
-    assert not isinstance(model.stack, StripOrder)
-
-
 # --- first steps ---------------------------------------------------------------------------------------------------
-
-
-def test_dense_steps_are_the_first_of_a_schedule(make_model):
-    model = make_model()
-    timesteps = make_schedule(SamplingConfig(steps=8)).timesteps
-    set_dense_steps(model, timesteps, 3)  # of a dense model: nothing to be set
-    accelerate(model, SPARSE)
-    for dense in (0, 1, 3, 8, 11):
-        set_dense_steps(model, timesteps, dense)
-        assert sum(timestep >= model.stack.plan.dense_from for timestep in timesteps) == min(dense, 8)
 
 
 @pytest.fixture

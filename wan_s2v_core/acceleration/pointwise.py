@@ -1,7 +1,8 @@
 """The memory-bound steps between products as one kernel each, with 8-bit results where the next product takes them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from ..model.audio import AudioInjector
 from ..model.block import Block, FeedForward
 from ..model.dit import S2VTransformer
 from ..model.pointwise import Activations, Pointwise
-from ..seams import BlockContext
+from ..seams import BlockContext, Technique, replaced
 from .kernels import kernels_work
 
 log = logging.getLogger(__name__)
@@ -150,43 +151,45 @@ def multiplies_plainly(linear: nn.Module, x: Activations) -> bool:
     return isinstance(x, Tensor) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def fuse_pointwise(model: S2VTransformer, device: torch.device | None = None, gelu_in_product: bool = False) -> bool:
-    """Let every step between the products of a model's blocks and injectors be one kernel.
+def fused_steps(device: torch.device | None = None, gelu_in_product: bool = False) -> Technique:
+    """Every step between the products of a model's blocks and injectors as one kernel, where kernels run.
 
-    Call it when the layers are what they will be: which products take 8-bit rows, and of which type, is asked here,
-    and those products get them from the kernels.
+    That is not on CPUs, nor where Triton is missing or does not work: nothing is changed there.
 
     Args:
-        device: where the model computes, if it is elsewhere now.
+        device: where the model computes, if it is elsewhere when this is attached.
         gelu_in_product: see `FusedPointwise`.
-    Returns:
-        Whether it was done: not on CPUs, nor where Triton is missing or does not work.
     """
-    if not kernels_work(device or model.device):
-        return False
-    owners = attach(model, gelu_in_product)
-    count = sum(len(owner.pointwise.rows8) for owner in owners)
-    log.info("steps between products: one kernel each in %d modules, %d of them to 8-bit rows", len(owners), count)
-    return True
+    fuse = fused_everywhere(gelu_in_product)
+
+    @contextmanager
+    def attached(model: S2VTransformer) -> Iterator[None]:
+        with fuse(model) if kernels_work(device or model.device) else nullcontext():
+            yield
+
+    return attached
 
 
-def part_pointwise(model: nn.Module) -> None:
-    """Let every step be a plain one again."""
-    for module in owners_of(model):
-        module.pointwise = Pointwise()
+def fused_everywhere(gelu_in_product: bool = False) -> Technique:
+    """The same wherever the model is: what kernels do not serve takes the plain way, step by step.
+
+    Which products take 8-bit rows, and of which type, is asked when it is attached: those get them from the kernels.
+    """
+
+    @contextmanager
+    def attached(model: nn.Module) -> Iterator[None]:
+        steps = {owner: FusedPointwise(steps_in_8_bits(owner), gelu_in_product) for owner in owners_of(model)}
+        count = sum(len(one.rows8) for one in steps.values())
+        log.debug("steps between products: one kernel each in %d modules, %d of them to 8-bit rows", len(steps), count)
+        with replaced((owner, "pointwise", one) for owner, one in steps.items()):
+            yield
+
+    return attached
 
 
 def owners_of(model: nn.Module) -> list[nn.Module]:
     """The modules that have steps between products."""
     return [module for module in model.modules() if isinstance(module, Block | FeedForward | AudioInjector)]
-
-
-def attach(model: nn.Module, gelu_in_product: bool = False) -> list[nn.Module]:
-    """Give every module that has steps between products fused ones -> these modules."""
-    owners = owners_of(model)
-    for module in owners:
-        module.pointwise = FusedPointwise(steps_in_8_bits(module), gelu_in_product)
-    return owners
 
 
 def steps_in_8_bits(module: nn.Module) -> dict[str, torch.dtype]:

@@ -19,7 +19,7 @@ from ..model.dit import ClipInputs, S2VTransformer
 from ..model.loading import find_part, load, set_types
 from ..model.text_encoder import END_OF_TEXT, TextEncoder
 from ..model.vae import VideoVAE
-from ..prepare import AUTO, PRECISIONS, LoadPlan, accelerate, auto_precision, choose_attention, plan_loading
+from ..prepare import AUTO, PRECISIONS, LoadPlan, auto_precision, choose_attention, plan_loading
 from .flops import ForwardShape
 from .random_weights import fill_random
 
@@ -152,20 +152,14 @@ def build_network(kind: str, source: ModelSource, loading: LoadPlan, home: torch
     return network
 
 
-def build_dit(source: ModelSource, precision: str, plan: AccelerationPlan, device: torch.device) -> S2VTransformer:
-    """The DiT, ready to run."""
-    model = build_network(DIT, source, loading_of(precision, device))
-    accelerate(model, plan)
-    return model
+def build_dit(source: ModelSource, precision: str, device: torch.device) -> S2VTransformer:
+    """The DiT of a source, on a device."""
+    return build_network(DIT, source, loading_of(precision, device))
 
 
-def build_short_dit(
-    config: S2VModelConfig, precision: str, plan: AccelerationPlan, device: torch.device
-) -> S2VTransformer:
-    """A DiT of that config with random weights, ready to run."""
-    model = random_network(DIT, config, loading_of(precision, device))
-    accelerate(model, plan)
-    return model
+def build_short_dit(config: S2VModelConfig, precision: str, device: torch.device) -> S2VTransformer:
+    """A DiT of that config with random weights, on a device."""
+    return random_network(DIT, config, loading_of(precision, device))
 
 
 def with_blocks(config: S2VModelConfig, blocks: int) -> S2VModelConfig:

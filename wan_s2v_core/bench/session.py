@@ -1,8 +1,11 @@
 """What the cases of one run share: the device, its ceilings, and the network that is being measured."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 
+from ..attach import accelerated
 from ..model.checkpoint import DIT
 from ..model.dit import S2VTransformer
 from . import engine
@@ -20,6 +23,7 @@ class Session:
         self.build_seconds = 0.0
         """How long the network at hand took to make."""
         self._held: nn.Module | None = None
+        self._attached = ExitStack()
         self._key: tuple = ()
 
     def dit(self, case: Case) -> S2VTransformer:
@@ -30,9 +34,10 @@ class Session:
             began = now(self.device)
             if case.group == GROWTH:
                 config = engine.with_blocks(self.source.config(DIT), self.request.growth_blocks)
-                self._held = engine.build_short_dit(config, case.precision, case.plan, self.device)
+                self._held = engine.build_short_dit(config, case.precision, self.device)
             else:
-                self._held = engine.build_dit(self.source, case.precision, case.plan, self.device)
+                self._held = engine.build_dit(self.source, case.precision, self.device)
+            self._attached.enter_context(accelerated(self._held, case.plan))
             self._key, self.build_seconds = key, now(self.device) - began
         return self._held
 
@@ -42,6 +47,7 @@ class Session:
 
     def drop(self) -> None:
         """Let go of the network at hand."""
+        self._attached.close()
         self._held, self._key = None, ()
         release(self.device)
 

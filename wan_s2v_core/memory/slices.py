@@ -6,9 +6,10 @@ one slice needs. The normed stream is computed twice, which is a pass over memor
 head are sliced alike; `activations.activation_bytes` says what comes of it.
 """
 
-import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,28 +20,32 @@ from ..model.block import Block, run_whole
 from ..model.dit import S2VTransformer
 from ..model.experts import RoutedFeedForward
 from ..model.pointwise import Activations
-from ..seams import AttendQueries, BlockContext, KeysValues, with_keys
-
-log = logging.getLogger(__name__)
+from ..seams import AttendQueries, BlockContext, KeysValues, Technique, replaced, with_keys
 
 Slices = list[tuple[int, int]]
 """Start and stop of each."""
 
 
-def slice_tokens(model: S2VTransformer, tokens: int | None) -> None:
-    """Let a model compute at most so many tokens at once where tokens do not see each other; None: all of them.
+def in_slices(tokens: int | None) -> Technique:
+    """At most so many tokens are computed at once where tokens do not see each other; None: all of them.
 
     Slices are whole tiles of 128 tokens, one at least: choices and scales that attention makes per tile stay what they
     are. With gradients on, and for shorter sequences, everything is computed at once.
     """
-    size = None if tokens is None else max(TILE, tokens)
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.run = run_whole if size is None else partial(run_in_slices, size=size)
-        elif isinstance(module, AudioInjector):
-            module.run = inject_whole if size is None else partial(inject_in_slices, size=size)
-    model.tokens_at_once = model.head.tokens_at_once = size
-    log.info("activations: %s", "all tokens at once" if size is None else f"in slices of {size:,} tokens")
+    if tokens is None:
+        return nullcontext
+    size = max(TILE, tokens)
+    run_block, run_injector = partial(run_in_slices, size=size), partial(inject_in_slices, size=size)
+
+    @contextmanager
+    def attached(model: S2VTransformer) -> Iterator[None]:
+        changes: list[tuple[Any, str, Any]] = [(model, "tokens_at_once", size), (model.head, "tokens_at_once", size)]
+        changes += [(block, "run", run_block) for block in model.stack.blocks]
+        changes += [(injector, "run", run_injector) for injector in model.stack.injectors]
+        with replaced(changes):
+            yield
+
+    return attached
 
 
 def run_in_slices(block: Block, x: Tensor, context: BlockContext, size: int) -> Tensor:
@@ -66,7 +71,7 @@ class SlicedBlock:
     def __init__(self, block: Block, x: Tensor, context: BlockContext, slices: Slices):
         self.block, self.x, self.context, self.slices = block, x, context, slices
         self.rows = block.rows(context)
-        self.text = block.cross_attention.keys_values(context.text)
+        self.text = block.text(context)
         made = KeysValues(self._keys, self._values, self._both)
         self.attend: AttendQueries = with_keys(block.attention.attend, made, context)
 

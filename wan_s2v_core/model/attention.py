@@ -1,5 +1,8 @@
 """Self-attention over all tokens and cross-attention to text or audio tokens."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,10 +76,27 @@ class SelfAttention(Attention):
         return self.v(x).unflatten(-1, (self.heads, -1))
 
 
-class CrossAttention(Attention):
-    """Attention of the tokens to a few others. `keys_values` is a seam: they depend on no timestep."""
+Recall = Callable[["CrossAttention", Tensor, dict[Any, Any]], tuple[Tensor, Tensor]]
+"""(attention, others: B ... E, what its layer remembers of them) -> keys and values, two of B ... N D."""
 
-    def keys_values(self, others: Tensor) -> tuple[Tensor, Tensor]:
+
+def compute_anew(attention: "CrossAttention", others: Tensor, memory: dict[Any, Any]) -> tuple[Tensor, Tensor]:
+    """The plain way at `CrossAttention.recall`: nothing is remembered."""
+    return attention.project(others)
+
+
+class CrossAttention(Attention):
+    """Attention of the tokens to a few others. `recall` is a seam: their keys and values depend on no timestep."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__(width, heads, eps)
+        self.recall: Recall = compute_anew
+
+    def keys_values(self, others: Tensor, memory: dict[Any, Any]) -> tuple[Tensor, Tensor]:
+        """B ... E -> two of B ... N D. `memory`: of the layer and of these others alone."""
+        return self.recall(self, others, memory)
+
+    def project(self, others: Tensor) -> tuple[Tensor, Tensor]:
         """B ... E -> two of B ... N D."""
         k, v = self.norm_k(self.k(others)), self.v(others)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))

@@ -134,7 +134,8 @@ class AudioInjector(nn.Module):
 
     def voice(self, context: BlockContext) -> Voice:
         """What the tokens at hand listen to."""
-        return Voice(self.attention.keys_values(context.audio_tokens), *self.frame_modulation(context.audio_frames))
+        keys_values = self.attention.keys_values(context.audio_tokens, context.memory.own)
+        return Voice(keys_values, *self.frame_modulation(context.audio_frames))
 
     def frame_modulation(self, audio_frames: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Shift and gain of each latent frame, from its vector B F E. Two of B F E in float32, or none."""

@@ -71,6 +71,10 @@ class Block(nn.Module):
     def rows(self, context: BlockContext) -> BlockRows:
         return BlockRows(*(self.modulation[:, None] + context.modulation).unbind(2))
 
+    def text(self, context: BlockContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, for `cross_attention`."""
+        return self.cross_attention.keys_values(context.text, context.memory.text)
+
     def normed(self, x: Tensor, rows: BlockRows, context: BlockContext) -> Activations:
         """What self-attention reads. B L E of any tokens, and `context` for them, here and below."""
         return self.pointwise.modulated_norm(x, rows.shift, rows.scale, self.eps, context)
@@ -110,5 +114,5 @@ def run_whole(block: Block, x: Tensor, context: BlockContext) -> Tensor:
     def attend(x: Tensor) -> Tensor:
         return block.attention(block.normed(x, rows, context), context, block.pointwise)
 
-    x, normed = block.hear(x, attend, block.cross_attention.keys_values(context.text), rows, context)
+    x, normed = block.hear(x, attend, block.text(context), rows, context)
     return block.feed(x, normed, rows, context)

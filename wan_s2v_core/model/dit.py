@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import UNUSED, S2VModelConfig
 from ..errors import ConfigError
 from ..geometry import PACKED_MOTION_LATENTS, PATCH, frame_slices, token_slices
-from ..seams import BlockContext
+from ..seams import BlockContext, Memory, RunStack
 from .audio import AudioInjector, CausalAudioEncoder
 from .block import Block
 from .motion import MotionPacker, PatchProjection
@@ -66,6 +66,9 @@ class ClipCondition:
     rope: Tensor
     frame_index: Tensor
     branch: str
+    memory: Memory
+    """What techniques remember from step to step. It belongs to these tensors and to these weights: whoever changes
+    either makes a new condition."""
 
 
 @lru_cache(maxsize=2048)
@@ -84,7 +87,7 @@ def token_grid(latents: Tensor) -> tuple[int, int, int]:
 
 
 class BlockStack(nn.Module):
-    """The blocks in order, each followed by its audio injector if it has one. The seam for caches and splitting."""
+    """The blocks in order, each followed by its audio injector if it has one."""
 
     def __init__(self, config: S2VModelConfig):
         super().__init__()
@@ -94,10 +97,15 @@ class BlockStack(nn.Module):
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         for index, block in enumerate(self.blocks):
-            x = block(x, context)
+            x = block(x, context.of_layer(f"block {index}"))
             if index in self.injector_after:
-                x = self.injectors[self.injector_after[index]](x, context)
+                x = self.injectors[self.injector_after[index]](x, context.of_layer(f"injector after {index}"))
         return x
+
+
+def run_plainly(stack: nn.Module, tokens: Tensor, context: BlockContext) -> Tensor:
+    """The plain way at `S2VTransformer.run_stack`."""
+    return stack(tokens, context)
 
 
 class Head(nn.Module):
@@ -121,8 +129,9 @@ class Head(nn.Module):
 class S2VTransformer(nn.Module):
     """Wan2.2 S2V: the velocity of a clip's latents, given a picture, a voice, a prompt, a pose and the past.
 
-    `tokens_at_once` is a seam for slices: how many noisy tokens are embedded at once, in whole latent frames; None is
-    all of them.
+    `run_stack` is the seam around all blocks, for caches and for splitting the sequence; `stack` itself, and with it
+    the names of weights, stays what it is. `tokens_at_once` is a seam for slices: how many noisy tokens are embedded at
+    once, in whole latent frames; None is all of them.
     """
 
     def __init__(self, config: S2VModelConfig):
@@ -140,6 +149,7 @@ class S2VTransformer(nn.Module):
         self.time_projection = nn.Linear(width, 6 * width)
         self.audio_encoder = CausalAudioEncoder(config)
         self.stack = BlockStack(config)
+        self.run_stack: RunStack = run_plainly
         self.head = Head(config)
         self.tokens_at_once: int | None = None
 
@@ -188,6 +198,7 @@ class S2VTransformer(nn.Module):
             rope=like.rope if shares_places else self._rope(inputs, grid),
             frame_index=like.frame_index if shares_places else self._frame_index(grid),
             branch=branch,
+            memory=Memory() if like is None else like.memory.of_branch(has_same_text=shares_text),
         )
 
     def _embed_sides(self, inputs: ClipInputs) -> Tensor:
@@ -256,6 +267,7 @@ class S2VTransformer(nn.Module):
             grid=condition.grid,
             timestep=timestep,
             branch=condition.branch,
+            memory=condition.memory,
         )
         return self._stream(latents, condition), context
 
@@ -277,7 +289,7 @@ class S2VTransformer(nn.Module):
         """The velocity. latents: B C F h w; timestep: 0..1000, as a float in inference -> B C F h w in float32."""
         time, modulation = self.embed_time(timestep)
         tokens, context = self.embed(latents, modulation, condition, noisiest(timestep))
-        tokens = self.stack(tokens, context)
+        tokens = self.run_stack(self.stack, tokens, context)
         patches = self.head(context.segments(tokens)[0], time)
         return unpatchify(patches, condition.grid)
 

@@ -9,6 +9,8 @@ Sources: Sparse VideoGen (arXiv 2502.01776), SpargeAttention (2502.18137), radia
 here is the simplest of its kind.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,7 +20,17 @@ from torch import Tensor, nn
 
 from ...config import SPARSE_BY_DISTANCE
 from ...geometry import TILE, tiles_of
-from ...seams import Attend, AttendQueries, BlockContext, KeysValues, PreparedAttend, with_keys
+from ...seams import (
+    Attend,
+    AttendQueries,
+    BlockContext,
+    KeysValues,
+    Memory,
+    PreparedAttend,
+    RunStack,
+    replaced,
+    with_keys,
+)
 from .registry import AttendListed, listed_with_keys
 
 CPU = torch.device("cpu")
@@ -99,7 +111,6 @@ def list_by_scores(q: Tensor, key_means: Tensor, grid: TileGrid, share: float, f
     return list_best(scores, grid, share, first)
 
 
-@lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept must serve training as well
 def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The choice by how near the middles of tiles are. heads tiles tiles, heads tiles, the same for all heads."""
@@ -120,9 +131,12 @@ def list_by_distance(grid: TileGrid, share: float, heads: int, device: torch.dev
     return listed, counts
 
 
-def part_by_distance(q: Tensor, grid: TileGrid, share: float, first: int) -> tuple[Tensor, ...]:
-    """The rows of `list_by_distance` for queries B L N D that begin with the tile `first`."""
-    lists = list_by_distance(grid, share, q.shape[0] * q.shape[2], q.device)
+def part_by_distance(q: Tensor, grid: TileGrid, share: float, first: int, memory: Memory) -> tuple[Tensor, ...]:
+    """The rows of `list_by_distance` for queries B L N D that begin with the tile `first`; a clip remembers them."""
+    known = "tiles by distance", grid, share, q.shape[0] * q.shape[2]
+    if known not in memory.clip:
+        memory.clip[known] = list_by_distance(*known[1:], q.device)
+    lists = memory.clip[known]
     return tuple(x[:, first : first + tiles_of(q.shape[1])].contiguous() for x in lists)
 
 
@@ -150,31 +164,26 @@ def token_order(grid: tuple[int, int, int], tokens: int, device: torch.device) -
     return torch.cat([strip_order(*grid), torch.arange(noisy, tokens)]).to(device)
 
 
+@dataclass(frozen=True)
 class SparsePlan:
-    """What all blocks of a model share: how much is looked at, and where everything is."""
+    """How much attention looks at, and when at everything."""
 
-    def __init__(self, share: float, by: str, dense_blocks: int):
-        self.share, self.by, self.dense_blocks = share, by, dense_blocks
-        self.dense_from = float("inf")
-        """Timestep from which on attention is dense: the first steps of a clip. Set before a clip is sampled."""
+    share: float
+    by: str
+    dense_from: float = float("inf")
+    """Timestep from which on attention is dense: the first steps of a clip."""
 
 
-def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan, block: int) -> PreparedAttend:
-    """Give the attention of one block part of the keys.
-
-    Args:
-        dense: for what is to see everything.
-        block: its number.
-    """
+def sparse_attend(dense: Attend, listed: AttendListed, plan: SparsePlan) -> PreparedAttend:
+    """Attention that gives queries part of the keys; `dense` is for steps that are to see everything."""
 
     def prepare(made: KeysValues, context: BlockContext) -> AttendQueries:
         grid = TileGrid(*context.grid, tokens=len(context.rope))
-        is_dense = block < plan.dense_blocks or context.timestep >= plan.dense_from
-        if is_dense or grid.kept_tiles(plan.share) == grid.tiles:
+        if context.timestep >= plan.dense_from or grid.kept_tiles(plan.share) == grid.tiles:
             return with_keys(dense, made, context)
         if plan.by == SPARSE_BY_DISTANCE:
             attend = listed_with_keys(listed, made)
-            return lambda q, start: attend(q, *part_by_distance(q, grid, plan.share, start // TILE))
+            return lambda q, start: attend(q, *part_by_distance(q, grid, plan.share, start // TILE, context.memory))
         means: list[Tensor] = []
         attend = listed_with_keys(listed, averaged(made, means))
         return lambda q, start: attend(q, *list_by_scores(q, *means, grid, plan.share, start // TILE))
@@ -196,29 +205,24 @@ def averaged(made: KeysValues, means: list[Tensor]) -> KeysValues:
     return KeysValues(lambda: watched(made.keys()), made.values, both)
 
 
-class StripOrder(nn.Module):
-    """A stack whose tokens are in the order of strips inside, and as they were outside. Exact: blocks know no order."""
+@contextmanager
+def strips(model: nn.Module) -> Iterator[None]:
+    """Within, tokens are in the order of strips inside of a model's stack, and as they were outside. Exact: blocks know
+    no order."""
+    with replaced([(model, "run_stack", in_strips(model.run_stack))]):
+        yield
 
-    def __init__(self, stack: nn.Module, plan: SparsePlan):
-        super().__init__()
-        self.stack, self.plan = stack, plan
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.stack.blocks
+def in_strips(run_stack: RunStack) -> RunStack:
+    """The same for what runs the stack."""
 
-    @property
-    def injectors(self) -> nn.ModuleList:
-        return self.stack.injectors
-
-    @property
-    def injector_after(self) -> dict[int, int]:
-        return self.stack.injector_after
-
-    def forward(self, tokens: Tensor, context: BlockContext) -> Tensor:
+    def run(stack: nn.Module, tokens: Tensor, context: BlockContext) -> Tensor:
         order = token_order(context.grid, tokens.shape[1], tokens.device)
         inside = replace(context, rope=context.rope[order])
-        return in_order(self.stack(in_order(tokens, order, context.grid), inside), order.argsort(), context.grid)
+        out = run_stack(stack, in_order(tokens, order, context.grid), inside)
+        return in_order(out, order.argsort(), context.grid)
+
+    return run
 
 
 def in_order(tokens: Tensor, order: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -1,6 +1,9 @@
 """How a model's experts are used: settings of a run, what was loaded onto whom, and the losses of their gates."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from ...config import LARGEST_SEED, ExpertRouting, S2VModelConfig, check_top_k
 from ...errors import ConfigError
 from ...model.experts import ExpertLoad, RoutedFeedForward
+from ...seams import Technique, replaced
 
 DENSE = (
     "Not applicable: this checkpoint is one dense DiT, as Wan2.2-S2V-14B was released. Its feed-forwards have no "
@@ -78,21 +82,29 @@ def check_split(width: int, num_experts: int, shared: int = 0) -> None:
         )
 
 
-def set_routing(model: nn.Module, routing: ExpertRouting) -> None:
-    """Use these settings in every routed feed-forward. A seed for dropout becomes another one in every layer.
+def routed(routing: ExpertRouting) -> Technique:
+    """Every routed feed-forward uses these settings, and counts its load from nothing; `take_load` reads it.
 
-    Raises:
-        ConfigError: if the model has no experts, or fewer than top_k.
+    A seed for dropout becomes another one in every layer. Attaching it raises ConfigError if the model has no experts,
+    or fewer than top_k.
     """
-    layers = routed_layers(model)
-    if not layers and routing != ExpertRouting():
-        raise ConfigError(f"{DENSE} {WAY_OUT}")
-    for index, layer in enumerate(layers):
-        if routing.top_k is not None:
-            check_top_k(routing.top_k, len(layer.experts), layer.shared)
-        seed = routing.gate_dropout_seed
-        own = None if seed is None else (seed + index) % (LARGEST_SEED + 1)
-        layer.routing = replace(routing, gate_dropout_seed=own)
+
+    @contextmanager
+    def attached(model: nn.Module) -> Iterator[None]:
+        layers = routed_layers(model)
+        if not layers and routing != ExpertRouting():
+            raise ConfigError(f"{DENSE} {WAY_OUT}")
+        changes: list[tuple[Any, str, Any]] = []
+        for index, layer in enumerate(layers):
+            if routing.top_k is not None:
+                check_top_k(routing.top_k, len(layer.experts), layer.shared)
+            seed = routing.gate_dropout_seed
+            own = None if seed is None else (seed + index) % (LARGEST_SEED + 1)
+            changes += [(layer, "routing", replace(routing, gate_dropout_seed=own)), (layer, "load", ExpertLoad())]
+        with replaced(changes):
+            yield
+
+    return attached
 
 
 def take_load(model: nn.Module) -> ExpertLoad:
