@@ -24,7 +24,7 @@ from wan_s2v_core.memory import slices
 from wan_s2v_core.memory.slices import in_slices, inject_in_slices, runs_of_frames
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.audio import inject_whole
-from wan_s2v_core.model.block import run_whole
+from wan_s2v_core.model.block import Block
 from wan_s2v_core.pipeline import clip_denoiser, told
 from wan_s2v_core.seams import KeysValues, with_keys
 
@@ -45,13 +45,13 @@ def no_gradients(fresh_seed):
 @pytest.fixture
 def ran(monkeypatch):
     """The slices of blocks that are computed."""
-    seen, run = [], slices.SlicedBlock.hear
+    seen, run = [], slices.SlicedBlock.attend_part
 
     def watched(self, start, stop):
         seen.append((start, stop))
         return run(self, start, stop)
 
-    monkeypatch.setattr(slices.SlicedBlock, "hear", watched)
+    monkeypatch.setattr(slices.SlicedBlock, "attend_part", watched)
     return seen
 
 
@@ -143,7 +143,7 @@ def test_slices_can_be_taken_off(make_model, make_inputs, ran):
     ran.clear()
     model(noise, 500.0, model.condition(inputs))
     assert not ran and model.head.tokens_at_once is None and model.tokens_at_once is None
-    assert all(block.run is run_whole for block in model.stack.blocks)
+    assert all(block.run is Block.whole for block in model.stack.blocks)
     assert all(injector.run is inject_whole for injector in model.stack.injectors)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..geometry import TILE, frame_slices, token_slices
 from ..model.audio import AudioInjector, inject_whole
-from ..model.block import Block, run_whole
+from ..model.block import Block
 from ..model.dit import S2VTransformer
 from ..model.experts import RoutedFeedForward
 from ..model.pointwise import Activations
@@ -52,11 +52,12 @@ def run_in_slices(block: Block, x: Tensor, context: BlockContext, size: int) -> 
     """At `Block.run`: the result is written over x, B L E."""
     slices = token_slices(x.shape[1], size)
     if len(slices) < 2 or torch.is_grad_enabled():
-        return run_whole(block, x, context)
+        return block.whole(x, context)
     sliced = SlicedBlock(block, x, context, slices)
     forward = block.feed_forward
     if isinstance(forward, RoutedFeedForward) and not forward.is_by_token:
-        return block.feed(x, sliced.hear_all(), sliced.rows, context)
+        normed = sliced.attend_all()
+        return block.pointwise.gated_add(x, block.feed_forward(normed), sliced.rows.next_gate, context)
     for start, stop in slices:
         sliced.run(start, stop)
     return x
@@ -93,36 +94,46 @@ class SlicedBlock:
         return whole
 
     def _gather(self, make: Callable[..., tuple[Tensor, ...]], start: int, stop: int, whole: list[Tensor]) -> None:
-        own, step = self.context.part(start, stop), self.block.pointwise
-        parts = make(self.block.normed(self.x[:, start:stop], self.rows, own), own, step)
+        own, ops = self.context.part(start, stop), self.block.pointwise
+        parts = make(self._normed(self.x[:, start:stop], own), own, ops)
         if not whole:
             whole.extend(part.new_empty(len(part), self.x.shape[1], *part.shape[2:]) for part in parts)
         for all_tokens, part in zip(whole, parts, strict=True):
             all_tokens[:, start:stop] = part
 
-    def hear(self, start: int, stop: int) -> Activations:
+    def _normed(self, x: Tensor, context: BlockContext) -> Activations:
+        """What self-attention reads of a slice."""
+        return self.block.pointwise.modulated_norm(x, self.rows.shift, self.rows.scale, self.block.eps, context)
+
+    def _attended(self, start: int, own: BlockContext) -> Tensor:
+        """What self-attention gives for a slice, B L E."""
+        attention, ops = self.block.attention, self.block.pointwise
+        here = self.x[:, start : start + len(own.rope)]
+        q = attention.queries(self._normed(here, own), own, ops)
+        return attention.out(self.attend(q, start).flatten(2))
+
+    def attend_part(self, start: int, stop: int) -> Activations:
         """Self-attention and cross-attention of a slice, written into the stream -> what its feed-forward reads."""
         here, own = self.x[:, start:stop], self.context.part(start, stop)
-        attention, step = self.block.attention, self.block.pointwise
-
-        def attend(x: Tensor) -> Tensor:
-            q = attention.queries(self.block.normed(x, self.rows, own), own, step)
-            return attention.out(self.attend(q, start).flatten(2))
-
-        new, normed = self.block.hear(here, attend, self.text, self.rows, own)
-        write(here, new)
+        block, ops, rows = self.block, self.block.pointwise, self.rows
+        x, normed = ops.gated_add_norm(here, self._attended(start, own), rows.gate, block.cross_norm, own)
+        x, normed = ops.add_modulated_norm(
+            x, block.cross_attention(normed, self.text, ops), rows.next_shift, rows.next_scale, block.eps, own
+        )
+        write(here, x)
         return normed
 
     def run(self, start: int, stop: int) -> None:
         """All of a slice."""
         here, own = self.x[:, start:stop], self.context.part(start, stop)
-        write(here, self.block.feed(here, self.hear(start, stop), self.rows, own))
+        normed = self.attend_part(start, stop)
+        write(here, self.block.pointwise.gated_add(here, self.block.feed_forward(normed), self.rows.next_gate, own))
 
-    def hear_all(self) -> Tensor:
+    def attend_all(self) -> Tensor:
         """What a feed-forward reads that must see all tokens together. Keys and values are gone then."""
         normed = self.x.new_empty(self.x.shape, dtype=self.context.dtype)
         for start, stop in self.slices:
-            normed[:, start:stop] = self.hear(start, stop)
+            normed[:, start:stop] = self.attend_part(start, stop)
         del self.attend
         return normed
 

@@ -51,25 +51,25 @@ class SelfAttention(Attention):
         super().__init__(width, heads, eps)
         self.attend: Attend = sdpa
 
-    def forward(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:  # B L E
+    def forward(self, x: Activations, context: BlockContext, ops: Pointwise) -> Tensor:  # B L E
         # Nothing here holds queries, keys and values any longer than the attention itself needs them.
-        return self.out(self.attended(x, context, step).flatten(2))
+        return self.out(self.attended(x, context, ops).flatten(2))
 
-    def attended(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+    def attended(self, x: Activations, context: BlockContext, ops: Pointwise) -> Tensor:
         """B L E -> B L N D."""
-        return self.attend(self.queries(x, context, step), *self.keys_values(x, context, step), context)
+        return self.attend(self.queries(x, context, ops), *self.keys_values(x, context, ops), context)
 
-    def queries(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+    def queries(self, x: Activations, context: BlockContext, ops: Pointwise) -> Tensor:
         """B L E -> B L N D."""
-        return step.heads_of(self.q(x), self.norm_q, self.heads, context.rope)
+        return ops.heads_of(self.q(x), self.norm_q, self.heads, context.rope)
 
-    def keys_values(self, x: Activations, context: BlockContext, step: Pointwise) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Activations, context: BlockContext, ops: Pointwise) -> tuple[Tensor, Tensor]:
         """B L E -> two of B L N D."""
-        return self.keys(x, context, step), self.values(x)
+        return self.keys(x, context, ops), self.values(x)
 
-    def keys(self, x: Activations, context: BlockContext, step: Pointwise) -> Tensor:
+    def keys(self, x: Activations, context: BlockContext, ops: Pointwise) -> Tensor:
         """B L E -> B L N D."""
-        return step.heads_of(self.k(x), self.norm_k, self.heads, context.rope)
+        return ops.heads_of(self.k(x), self.norm_k, self.heads, context.rope)
 
     def values(self, x: Activations) -> Tensor:
         """B L E -> B L N D."""
@@ -102,7 +102,7 @@ class CrossAttention(Attention):
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(
-        self, x: Activations, keys_values: tuple[Tensor, Tensor], step: Pointwise, seen: Tensor | None = None
+        self, x: Activations, keys_values: tuple[Tensor, Tensor], ops: Pointwise, seen: Tensor | None = None
     ) -> Tensor:
         """What the tokens hear of the others.
 
@@ -114,10 +114,10 @@ class CrossAttention(Attention):
         Returns:
             B L E.
         """
-        return self.out(self.hear(step.heads_of(self.q(x), self.norm_q, self.heads), *keys_values, seen).flatten(2))
+        return self.out(self.mix(ops.heads_of(self.q(x), self.norm_q, self.heads), *keys_values, seen).flatten(2))
 
     @staticmethod
-    def hear(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    def mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """q: B L N D; k, v: B L(others) N D or B G L(others) N D -> B L N D."""
         if k.dim() == 4:
             return scaled_dot_product(q, k, v)

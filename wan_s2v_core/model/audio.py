@@ -146,9 +146,9 @@ class AudioInjector(nn.Module):
 
     def inject(self, x: Tensor, voice: Voice, own_frame: Tensor | None, context: BlockContext) -> Tensor:
         """Some of the tokens with the voice added to the noisy ones; `own_frame` as `seen` of `CrossAttention`."""
-        step = self.pointwise
-        normed = step.frame_norm(x, voice.shift, voice.gain, self.eps, context)
-        return step.add_to_noisy(x, self.attention(normed, voice.keys_values, step, own_frame), context)
+        ops = self.pointwise
+        normed = ops.frame_norm(x, voice.shift, voice.gain, self.eps, context)
+        return ops.add_to_noisy(x, self.attention(normed, voice.keys_values, ops, own_frame), context)
 
 
 def inject_whole(injector: AudioInjector, x: Tensor, context: BlockContext) -> Tensor:

@@ -39,9 +39,10 @@ class BlockRows(NamedTuple):
     shift: Tensor
     scale: Tensor
     gate: Tensor
-    forward_shift: Tensor
-    forward_scale: Tensor
-    forward_gate: Tensor
+    next_shift: Tensor
+    """This and the next two: of the feed-forward."""
+    next_scale: Tensor
+    next_gate: Tensor
 
 
 RunBlock = Callable[["Block", Tensor, BlockContext], Tensor]
@@ -63,10 +64,25 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward(config)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.width) / config.width**0.5)
         self.pointwise = Pointwise()
-        self.run: RunBlock = run_whole
+        self.run: RunBlock = Block.whole
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:  # B L E, float32
         return self.run(self, x, context)
+
+    def whole(self, x: Tensor, context: BlockContext) -> Tensor:
+        """The plain way: all tokens at once. What a sublayer gives has no name here that would hold it too long."""
+        ops, rows = self.pointwise, self.rows(context)
+        normed = ops.modulated_norm(x, rows.shift, rows.scale, self.eps, context)
+        x, normed = ops.gated_add_norm(x, self.attention(normed, context, ops), rows.gate, self.cross_norm, context)
+        x, normed = ops.add_modulated_norm(
+            x,
+            self.cross_attention(normed, self.text(context), ops),
+            rows.next_shift,
+            rows.next_scale,
+            self.eps,
+            context,
+        )
+        return ops.gated_add(x, self.feed_forward(normed), rows.next_gate, context)
 
     def rows(self, context: BlockContext) -> BlockRows:
         return BlockRows(*(self.modulation[:, None] + context.modulation).unbind(2))
@@ -74,45 +90,3 @@ class Block(nn.Module):
     def text(self, context: BlockContext) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, for `cross_attention`."""
         return self.cross_attention.keys_values(context.text, context.memory.text)
-
-    def normed(self, x: Tensor, rows: BlockRows, context: BlockContext) -> Activations:
-        """What self-attention reads. B L E of any tokens, and `context` for them, here and below."""
-        return self.pointwise.modulated_norm(x, rows.shift, rows.scale, self.eps, context)
-
-    def hear(
-        self,
-        x: Tensor,
-        attend: Callable[[Tensor], Tensor],
-        text: tuple[Tensor, Tensor],
-        rows: BlockRows,
-        context: BlockContext,
-    ) -> tuple[Tensor, Activations]:
-        """Add what self-attention and cross-attention give.
-
-        Args:
-            x: B L E.
-            attend: x -> what self-attention gives for these tokens, B L E; a function, so that nobody holds it longer
-                than needed.
-            text: keys and values of the text, for `cross_attention`.
-        Returns:
-            The new stream, and what the feed-forward reads.
-        """
-        step = self.pointwise
-        x, normed = step.gated_add_norm(x, attend(x), rows.gate, self.cross_norm, context)
-        heard = self.cross_attention(normed, text, step)
-        return step.add_modulated_norm(x, heard, rows.forward_shift, rows.forward_scale, self.eps, context)
-
-    def feed(self, x: Tensor, normed: Activations, rows: BlockRows, context: BlockContext) -> Tensor:
-        """Add what the feed-forward makes of `normed`."""
-        return self.pointwise.gated_add(x, self.feed_forward(normed), rows.forward_gate, context)
-
-
-def run_whole(block: Block, x: Tensor, context: BlockContext) -> Tensor:
-    """The plain way at `Block.run`: all tokens at once."""
-    rows = block.rows(context)
-
-    def attend(x: Tensor) -> Tensor:
-        return block.attention(block.normed(x, rows, context), context, block.pointwise)
-
-    x, normed = block.hear(x, attend, block.text(context), rows, context)
-    return block.feed(x, normed, rows, context)
