@@ -62,7 +62,7 @@ class ReferencePointwise(Pointwise):
     @staticmethod
     def rotate(x, rope):
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rope[:, None].to(torch.complex128)).flatten(-2).float()
+        return torch.view_as_real(pairs * torch.view_as_complex(rope.double())[:, None]).flatten(-2).float()
 
 
 def under_reference_rules(model: S2VTransformer, forward):

@@ -49,7 +49,7 @@ class BatchedPointwise(Pointwise):
 
     @staticmethod
     def rotate(x: Tensor, rope: Tensor) -> Tensor:
-        return turned(x, *(part.contiguous()[:, None] for part in (rope.real, rope.imag)))
+        return turned(x, *(part.contiguous()[:, None] for part in rope.unbind(-1)))
 
     @staticmethod
     def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, context: BlockContext) -> Tensor:

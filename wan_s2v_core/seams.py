@@ -44,7 +44,7 @@ class BlockContext:
     """
 
     rope: Tensor
-    """L D/2, complex64: one rotation per token and pair of channels."""
+    """L D/2 2, float32: cosine and sine of the rotation of each token and pair of channels."""
     noisy_tokens: int
     """How many of the tokens at hand are noisy; they come first."""
     frame_index: Tensor

@@ -161,7 +161,7 @@ def run_dit_forward(case: Case) -> Measured:
 
     condition = model.condition(inputs)
     output = model(case["in.noise_latent"], float(case["in.t"].item()), condition)
-    taps |= {"output": output[0], "tap.rope_cos": condition.rope.real, "tap.rope_sin": condition.rope.imag}
+    taps |= {"output": output[0], "tap.rope_cos": condition.rope[..., 0], "tap.rope_sin": condition.rope[..., 1]}
     if (vectors := taps["tap.audio_global_full"]) is not None:
         taps["tap.audio_global_full"] = vectors[:, :, None]
     for name in BOUNDS["dit_forward"]:

@@ -52,7 +52,7 @@ class Pointwise:
         return x, self.modulated_norm(x, shift, scale, eps, context)
 
     def heads_of(self, x: Tensor, norm: nn.RMSNorm, heads: int, rope: Tensor | None = None) -> Tensor:
-        """Queries or keys: `norm` over the whole width, then each head turned by `rope`, L D/2. B L E -> B L N D."""
+        """Queries or keys: `norm` over the whole width, then each head turned by `rope`, L D/2 2. B L E -> B L N D."""
         x = norm(x).unflatten(-1, (heads, -1))
         return x if rope is None else self.rotate(x, rope)
 

@@ -1,6 +1,7 @@
 """3D rotary position embedding for noisy, reference and motion tokens.
 
-Tables are made once per shape in float64 on the CPU and kept as complex64; nothing in a forward pass is float64.
+Tables are made once per shape in float64 on the CPU and kept as float32 cosines and sines, which is what kernels read and
+compilers know; nothing in a forward pass is float64.
 """
 
 from functools import lru_cache
@@ -59,7 +60,7 @@ def rotary_table(
     Args:
         rows, columns: size of the token grid, half of the latent size.
     Returns:
-        L D/2, complex64 on the CPU.
+        L D/2 2, float32 on the CPU: cosine and sine.
     """
     positions = [
         segment_positions(0, (latent_frames, rows, columns), (latent_frames, rows, columns)),
@@ -74,11 +75,17 @@ def rotary_table(
         np.concatenate(positions)[:, axis, None] * THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
         for axis, width in enumerate(axis_widths(head_width))
     ]
-    return torch.from_numpy(np.exp(1j * np.concatenate(angles, axis=1))).to(torch.complex64)
+    turns = np.concatenate(angles, axis=1)
+    return torch.from_numpy(np.stack([np.cos(turns), np.sin(turns)], axis=-1)).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs by `rope`. B L N D, L D/2 -> B L N D in the precision of `x`."""
-    pairs = torch.view_as_complex(x.to(torch.float32, copy=True).unflatten(-1, (-1, 2)))
-    pairs *= rope[:, None]  # in place: these float32 copies are the largest tensors of a forward
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    """Turn neighbouring channel pairs by `rope`. B L N D, L D/2 2 -> B L N D in the precision of `x`."""
+    pairs = x.to(torch.float32, copy=True).unflatten(-1, (-1, 2))
+    even, odd, (cosine, sine) = pairs[..., 0], pairs[..., 1], rope[:, None].unbind(-1)
+    turned = even * cosine
+    turned -= odd * sine
+    odd *= cosine  # in place: these float32 copies are the largest tensors of a forward
+    odd += even * sine
+    even.copy_(turned)
+    return pairs.flatten(-2).to(x.dtype)

@@ -58,7 +58,10 @@ class TileGrid:
 
     def kept_tiles(self, share: float) -> int:
         """Tiles that each tile looks at."""
-        return min(self.tiles, max(int(always_kept(self).sum()) + 1, round(share * self.tiles)))
+        first = tiles_of(self.frame_tokens)
+        rest = min(self.frames * self.frame_tokens // TILE, self.tiles - 1)
+        always = first + self.tiles - max(first, rest)  # as many as `always_kept` has
+        return min(self.tiles, max(always + 1, round(share * self.tiles)))
 
 
 @lru_cache(maxsize=16)

@@ -58,12 +58,12 @@ def norm_and_turn(
         x: B L E.
         weight: E.
         eps: None for the smallest step of x's precision, as in nn.RMSNorm.
-        rope: L D/2, complex64.
+        rope: L D/2 2, cosine and sine in float32.
     Returns:
         B L N D, a view of x.
     """
     batch, tokens, width = x.shape
-    table = x if rope is None else torch.view_as_real(rope)
+    table = x if rope is None else rope
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     if x.numel():
         with on_device(x):
