@@ -43,7 +43,7 @@ from ..wan_s2v_core.model.official import official_places
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
-from ..wan_s2v_core.warm_up import LIBRARIES, WarmUp, kernels
+from ..wan_s2v_core.warm_up import LIBRARIES, WarmUp, kernels_of_dit, kernels_of_vae
 from .limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
 from .made import MADE
 
@@ -241,8 +241,11 @@ async def import_when_idle(_: Any) -> None:
 def warm_up() -> None:
     """Begin to make ready what a run needs besides weights; called when it begins."""
     import_libraries()
-    if "kernels" not in WARMED:
-        WARMED["kernels"] = WarmUp(kernels(manager.get_torch_device()))
+    device = manager.get_torch_device()
+    if DIT not in WARMED:
+        WARMED[DIT] = WarmUp(kernels_of_dit(device))
+    if VAE not in WARMED and limits_in_prompt().vram_limit_gb is None:
+        WARMED[VAE] = WarmUp(kernels_of_vae(device), after=WARMED["libraries"])
 
 
 def wait_until_warm(kind: str) -> None:

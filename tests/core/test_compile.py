@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
 from torch._dynamo.testing import CompileCounter
 
 from wan_s2v_core.attach import accelerated
@@ -21,7 +20,7 @@ PLAIN = AccelerationPlan("sdpa")
             PLAIN,
             OffloadPlan(),
             2,
-        ),  # the first step of a clip computes keys and values of the text, the others find them
+        ),  # the first step of a clip computes keys and values of the text
         (PLAIN, OffloadPlan(slice_tokens=128), 2),
     ],
     ids=["plain", "kept keys", "slices"],

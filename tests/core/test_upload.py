@@ -12,7 +12,6 @@ from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.memory.upload import BUFFER_BYTES, Upload
 from wan_s2v_core.model.checkpoint import DIT
 from wan_s2v_core.prepare import plan_loading
-from wan_s2v_core.warm_up import WarmUp
 
 OTHER_CPU = torch.device("cpu", 0)
 """A device of its own to us, where tensors of a CPU are."""
@@ -101,19 +100,6 @@ def test_mapped_weights_count_as_no_memory(tmp_path, fresh_seed):
     maps = len(MAPS)
     del entries, placement, made, tensor
     assert len(MAPS) == maps - 1
-
-
-def test_who_needs_a_step_waits_for_it():
-    order = []
-
-    def fails() -> None:
-        order.append("fails")
-        raise ImportError("not there")
-
-    warm = WarmUp({"first": lambda: order.append("first"), "second": fails, "third": lambda: order.append("third")})
-    for name in ("third", "second", "unknown"):
-        warm.wait(name)
-    assert order == ["first", "fails", "third"]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """3D rotary position embedding for noisy, reference and motion tokens.
 
-Tables are made once per shape in float64 on the CPU and kept as float32 cosines and sines, which is what kernels read and
+Tables are made once per shape in float64 on the CPU and kept as float32 cosines and sines, which kernels read and
 compilers know; nothing in a forward pass is float64.
 """
 
