@@ -17,14 +17,15 @@ from wan_s2v_core.acceleration.attention.registry import PreparedListed, prepare
 from wan_s2v_core.acceleration.attention.sparse import SparsePlan, StripOrder, sparse_attend
 from wan_s2v_core.acceleration.experts.router import set_routing, take_load
 from wan_s2v_core.acceleration.keys_values import keep_keys_values
+from wan_s2v_core.clip_denoiser import clip_denoiser
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, ExpertRouting, SamplingConfig
 from wan_s2v_core.geometry import TILE, frame_slices, token_slices
 from wan_s2v_core.memory import slices
 from wan_s2v_core.memory.slices import inject_in_slices, runs_of_frames, slice_tokens
+from wan_s2v_core.memory.stage import checked_before_layers
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.audio import inject_whole
 from wan_s2v_core.model.block import run_whole
-from wan_s2v_core.pipeline import clip_denoiser, told
 from wan_s2v_core.prepare import accelerate
 from wan_s2v_core.seams import KeysValues, with_keys
 
@@ -193,7 +194,7 @@ def test_every_layer_is_told_once(make_model, make_inputs):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
     slice_tokens(model, 128)
     condition, calls = model.condition(inputs), []
-    with told(model, lambda: calls.append(1)):
+    with checked_before_layers(model, lambda: calls.append(1)):
         model(noise, 500.0, condition)
     assert len(calls) == TINY.blocks + len(TINY.injected_blocks)
 
