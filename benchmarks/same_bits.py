@@ -25,7 +25,7 @@ SPARSE = "--sparse_keep 0.5 --sparse_dense_steps 1"
 CASES = {
     "plain": "",
     "guided": "--sample_guide_scale 4.5 --audio_guide_scale 3 --hear_past --colour_match 0.5",
-    "dpm++": "--sample_solver dpm++ --sigmas karras --start_from_ref",
+    "dpm++": "--sample_solver dpm++ --spacing karras --start_from_ref",
     "euler": "--sample_solver euler --precision bfloat16 --noise reference",
     "pose": "--pose_video plain.mkv --sample_guide_scale 3",
     "sparse": f"{SPARSE} --sample_guide_scale 2",
@@ -40,6 +40,8 @@ CASES = {
     "two models": "--noise_expert CHECKPOINT --noise_boundary 0.8",
 }
 """Name -> flags of `generate`. `plain` comes first, as its film drives the others."""
+EARLIER = {"--spacing": "--sigmas"}
+"""Flags of now -> what commits that lack them call them."""
 
 
 def digest(film: Path) -> str:
@@ -60,6 +62,8 @@ def film(checkout: Path, name: str, flags: list[str], folder: Path) -> str:
     flags = [
         {"CHECKPOINT": str(assets / "checkpoint"), "plain.mkv": str(folder / "plain.mkv")}.get(f, f) for f in flags
     ]
+    known = (checkout / "wan_s2v_core" / "cli.py").read_text(encoding="utf-8")
+    flags = [EARLIER[f] if f in EARLIER and f'"{f}"' not in known else f for f in flags]
     given = ["--ckpt_dir", assets / "checkpoint", "--audio", assets / "voice.flac", "--device", "cpu"]
     command = [sys.executable, "generate.py", *given, "--save_file", save, *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

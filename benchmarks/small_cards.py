@@ -45,6 +45,7 @@ from wan_s2v_core.bench.flops import ForwardShape  # noqa: E402
 from wan_s2v_core.bench.measure import PeakMemory, card_of, device_name, now, read_commit, release  # noqa: E402
 from wan_s2v_core.bench.random_weights import random_tensor, shapes_of  # noqa: E402
 from wan_s2v_core.bench.stages import MeasuredNetworks  # noqa: E402
+from wan_s2v_core.clip_denoiser import clip_shape  # noqa: E402
 from wan_s2v_core.config import AccelerationPlan, MemoryLimits, OffloadPlan, S2VModelConfig  # noqa: E402
 from wan_s2v_core.errors import OutOfMemory  # noqa: E402
 from wan_s2v_core.geometry import frames_of  # noqa: E402
@@ -55,7 +56,7 @@ from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
-from wan_s2v_core.pipeline import S2VPipeline, clip_shape  # noqa: E402
+from wan_s2v_core.pipeline import S2VPipeline  # noqa: E402
 
 TIMESTEP = 723.0
 GB = 1e9

@@ -15,8 +15,8 @@ from ..wan_s2v_core.config import (
     OVERFLOWS,
     PRESETS,
     REFERENCE_PRESET,
-    SIGMA_SPACINGS,
     SOLVERS,
+    SPACINGS,
     ExpertRouting,
     SamplingConfig,
     check_choice,
@@ -133,7 +133,7 @@ class Sample(io.ComfyNode):
                     tooltip="Guidance of the voice apart from the prompt's, for a third forward a step. 0: the same.",
                 ),
                 io.Combo.Input(
-                    "sigmas", options=list(SIGMA_SPACINGS), default="flow", tooltip="Spacing of the noise levels."
+                    "spacing", options=list(SPACINGS), default="flow", tooltip="Spacing of the noise levels."
                 ),
                 io.Combo.Input(
                     "noise",
@@ -230,7 +230,7 @@ class Sample(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
-        audio_guidance_scale, sigmas, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
+        audio_guidance_scale, spacing, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
         moe_overflow, split_experts, colour_match=0.0, leftover_gb=50, low_noise_model=None,
         noise_boundary=NOISE_BOUNDARY,
     ) -> io.NodeOutput:  # fmt: skip
@@ -244,7 +244,7 @@ class Sample(io.ComfyNode):
             steps=steps,
             shift=shift,
             solver=solver,
-            sigmas=sigmas,
+            spacing=spacing,
             guidance_scale=guidance_scale,
             audio_guidance_scale=audio_guidance_scale or None,
             seed=seed,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .acceleration.experts.router import check_routing, check_split
 from .acceleration.experts.split import ExpertSplit, plan_split, sampled_tokens, save_split, split_path
+from .clip_denoiser import clip_plan, sample_clip
 from .conditioning.bundle import S2VConditioning, make_conditioning
 from .conditioning.image import read_picture
 from .config import DEFAULT_NEGATIVE_PROMPT, ExpertRouting, JsonConfig, SamplingConfig, VideoConfig
@@ -19,11 +20,10 @@ from .io.audio import read_recording
 from .memory.attempts import Attempts
 from .model.checkpoint import DIT
 from .model.loading import find_part
-from .pipeline import S2VPipeline, clip_shape, noise_of, open_checkpoint, sample_clip, sampling_plan, usable_device
+from .pipeline import S2VPipeline, noise_of, open_checkpoint, usable_device
 from .prepare import AUTO, plan_loading
 from .sampling.clips import ClipTask
 from .sampling.denoise import OnStep
-from .sampling.guidance import needed_branches
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,8 @@ def sample_tokens(
     text, negative_text, picture = (value.to(pipeline.device) for value in (job.text, job.negative_text, job.reference))
     task = ClipTask(0, noise_of(job, 0, sampling, pipeline.device), pipeline.encode(picture), None)
     inputs = pipeline.clip_inputs(job, task, text)
-    networks, frames = pipeline.networks, task.noise.shape[2]
-    shape = clip_shape(networks.dit_config(), job.size_px, frames, 0, job.pose is not None)
-    planned = Attempts(networks, DIT, sampling_plan(networks, shape, len(needed_branches(sampling)))).planned
+    choose = clip_plan(pipeline.networks, task.noise, inputs, sampling)
+    planned = Attempts(pipeline.networks, DIT, choose).planned
     with pipeline.network(DIT, planned) as model, sampled_tokens(model) as samples:
         sample_clip(model, inputs, negative_text, task.noise, sampling, on_step)
     return [sample.tokens for sample in samples]

@@ -146,8 +146,11 @@ def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
     guidance, boundary = options.sample_guide_scale, options.noise_boundary
     if options.noise_expert and boundary is None:
         boundary = NOISE_BOUNDARY
+    steps = options.sample_steps
+    if options.timesteps and steps is None:
+        steps = len(options.timesteps)
     asked = {
-        "steps": options.sample_steps,
+        "steps": steps,
         "shift": options.sample_shift,
         "solver": options.sample_solver,
         "guidance_scale": None if guidance is None else max(1.0, guidance),
@@ -155,7 +158,8 @@ def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
     return replace(
         sampling_preset(options.preset),
         **{name: value for name, value in asked.items() if value is not None},
-        sigmas=options.sigmas,
+        spacing=options.spacing,
+        timesteps=options.timesteps,
         audio_guidance_scale=options.audio_guide_scale,
         seed=seed,
         noise=options.noise,
@@ -330,6 +334,14 @@ def number(text: str) -> float:
     return value
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers as a flag gives them, with commas between them."""
+    try:
+        return tuple(number(part) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: write numbers as 1000,750,500,250") from error
+
+
 def readable(text: str) -> str:
     """Words of the command line where the locale cannot read them, which are UTF-8 nearly everywhere."""
     try:
@@ -396,7 +408,14 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
     add(
         "--audio_guide_scale", type=number, help="guidance of the voice apart from the prompt's; a third forward a step"
     )
-    add("--sigmas", default="flow", help="spacing of the noise levels: flow or karras")
+    add("--spacing", default="flow", help="of the noise levels: flow or karras")
+    add(
+        "--timesteps",
+        type=numbers,
+        metavar="LIST",
+        help="those of the steps themselves, such as 1000,750,500,250, for models that were trained for few steps; "
+        "instead of a number of steps, shift and spacing",
+    )
     add("--audio_start", type=number, default=0.0, help="seconds to leave out at the start of the recording")
     add("--audio_seconds", type=number, help="seconds to use of it")
     add("--fps", type=number, default=16.0, help="the model was trained for 16")

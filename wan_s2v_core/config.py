@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from .errors import ConfigError, shown
@@ -299,9 +300,11 @@ class OffloadPlan(JsonConfig):
 
 
 SOLVERS = ("unipc", "dpm++", "euler")
-SIGMA_SPACINGS = ("flow", "karras")
+SPACINGS = ("flow", "karras")
 NOISES = ("cpu", "reference")
 MOST_STEPS, LARGEST_SHIFT, LARGEST_GUIDANCE = 1000, 100.0, 100.0
+TRAIN_TIMESTEPS, LEAST_TIMESTEP = 1000, 0.01
+"""The timestep of pure noise, and the least one and distance of two: noise levels have to differ as 32-bit floats."""
 LARGEST_SEED = 2**64 - 1
 """ComfyUI's."""
 NOISE_BOUNDARY = 0.9
@@ -317,13 +320,15 @@ class SamplingConfig(JsonConfig):
     float32 numbers that are the same on every device; reference draws bfloat16 ones on the device itself and keeps the
     latents in bfloat16 between steps. `colour_match` pulls the colours of every clip towards those of the picture: 0
     leaves them as they are made, 1 gives each channel the picture's mean and deviation. `noise_boundary`: steps whose
-    sigma is below it are a second model's; None for one model.
+    sigma is below it are a second model's; None for one model. `timesteps`: those of the steps themselves, falling from
+    1000 (pure noise), as models for few steps need them; `steps` is then their number, and `shift` is not used.
     """
 
     steps: int = 40
     shift: float = 3.0
     solver: str = "unipc"
-    sigmas: str = "flow"
+    spacing: str = "flow"
+    timesteps: tuple[float, ...] | None = None
     guidance_scale: float = 4.5
     audio_guidance_scale: float | None = None
     seed: int = 0
@@ -332,13 +337,22 @@ class SamplingConfig(JsonConfig):
     noise_boundary: float | None = None
 
     def __post_init__(self):
+        if self.timesteps is not None:
+            check_timesteps(self.timesteps)
+            for name, implied in (("steps", len(self.timesteps)), ("spacing", SamplingConfig.spacing)):
+                if (given := getattr(self, name)) not in (implied, getattr(SamplingConfig, name)):
+                    raise ConfigError(
+                        f"{name}={shown(repr(given))} with {len(self.timesteps)} timesteps, which say it themselves. "
+                        "Give one of the two."
+                    )
+                object.__setattr__(self, name, implied)
         check_range("steps", self.steps, 1, MOST_STEPS, "Use 40, or 4 to 8 for a quick look.")
         if not 0 < self.shift <= LARGEST_SHIFT:
             raise ConfigError(
                 f"shift={shown(self.shift)} must be above 0, {LARGEST_SHIFT:g} at most. Use 3 at 480p and 5 at 720p."
             )
         check_choice("solver", self.solver, SOLVERS)
-        check_choice("sigmas", self.sigmas, SIGMA_SPACINGS)
+        check_choice("spacing", self.spacing, SPACINGS)
         check_choice("noise", self.noise, NOISES)
         check_range("seed", self.seed, 0, LARGEST_SEED, "Use 0 to 2^64 - 1, as in ComfyUI.")
         for name, scale in (("guidance_scale", self.guidance_scale), ("audio_guidance_scale", self.audio_scale)):
@@ -354,6 +368,20 @@ class SamplingConfig(JsonConfig):
     @property
     def audio_scale(self) -> float:
         return self.guidance_scale if self.audio_guidance_scale is None else self.audio_guidance_scale
+
+
+def check_timesteps(timesteps: tuple[float, ...]) -> None:
+    """Raises ConfigError unless these are timesteps that a clip can be denoised at."""
+    advice = "Use such as 1000, 750, 500, 250."
+    if not isinstance(timesteps, tuple) or not timesteps:
+        raise ConfigError(f"timesteps={shown(timesteps)} are no numbers. {advice}")
+    for timestep in timesteps:
+        check_range("timestep", timestep, LEAST_TIMESTEP, TRAIN_TIMESTEPS, advice)
+    for before, after in pairwise(timesteps):
+        if before - after < LEAST_TIMESTEP:
+            raise ConfigError(
+                f"timesteps {before}, {after} do not fall: each must be {LEAST_TIMESTEP} lower or more. {advice}"
+            )
 
 
 REFERENCE_PRESET, HD_PRESET = "reference 480p", "reference 720p"

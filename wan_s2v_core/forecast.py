@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .clip_denoiser import clip_shape, sampling_plan
 from .config import SamplingConfig
 from .errors import WanS2VError
 from .geometry import ClipGeometry, frames_of
@@ -11,8 +12,6 @@ from .memory.budget import TEXT_BYTES, Choose, NoPlanFits, vae_plan, voice_bytes
 from .memory.networks import Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from .pipeline import clip_shape, sampling_plan
-from .sampling.guidance import needed_branches
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose
         shape = clip_shape(
             networks.dit_config(), size, geometry.latent_frames, geometry.motion_latent_frames, job.has_pose
         )
-        yield "sampling", DIT, sampling_plan(networks, shape, len(needed_branches(job.sampling)))
+        yield "sampling", DIT, sampling_plan(networks, shape, job.sampling)
     yield "VAE decode", VAE, vae_plan(clip, networks.loading.vae_way, limits)
 
 

@@ -1,19 +1,15 @@
 """Puts the parts together: a picture, a voice and a prompt become clips. What command line, nodes and tests call."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .acceleration.experts.noise import noise_experts
-from .acceleration.experts.router import routed, take_load
-from .attach import NO_ROUTING, attached, techniques
+from .clip_sampler import ClipSampler, LocalSampler
 from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.hearing import hear
 from .conditioning.keys import ClipKeys
@@ -22,31 +18,29 @@ from .config import (
     AUTO,
     ExpertRouting,
     MemoryLimits,
-    OffloadPlan,
     S2VModelConfig,
     SamplingConfig,
 )
 from .errors import BackendUnavailable, CheckpointError, ConfigError
-from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PATCH, PIXELS_PER_LATENT, frames_of, motion_tokens
+from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT, frames_of
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
 from .io.outside import check_text
-from .memory.activations import ClipShape
 from .memory.attempts import Attempts
 from .memory.budget import (
     TEXT_BYTES,
     WHOLE,
     Choose,
     Planned,
-    dit_plan,
     vae_plan,
     voice_bytes,
     whole,
 )
 from .memory.networks import CheckpointNetworks, Networks
+from .memory.stage import placed
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from .model.dit import ClipCondition, ClipInputs, S2VTransformer
+from .model.dit import ClipInputs
 from .model.experts import ExpertLoad
 from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
@@ -54,57 +48,10 @@ from .model.official import check_official
 from .model.vae_parts import VaeParts
 from .prepare import LoadPlan, picture_facts, warn_of_cpu
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
-from .sampling.denoise import OnStep, denoise
-from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
-from .sampling.schedule import make_schedule
-from .sampling.sound_results import WatchedSteps, check_embeddings, check_numbers, check_pixels
-from .seams import Denoiser, Technique, replaced
-
-log = logging.getLogger(__name__)
+from .sampling.sound_results import check_embeddings, check_numbers, check_pixels
+from .seams import replaced
 
 T = TypeVar("T")
-
-
-def branch_inputs(inputs: ClipInputs, negative_text: Tensor, branch: str) -> ClipInputs:
-    """What a guidance branch sees: both voice and prompt, the prompt in silence, the negative prompt in silence."""
-    text = negative_text if branch == "negative" else inputs.text
-    if branch == "both":
-        return replace(inputs, text=text)
-    past = None if inputs.audio_past is None else torch.zeros_like(inputs.audio_past)
-    return replace(inputs, text=text, audio=torch.zeros_like(inputs.audio), audio_past=past)
-
-
-def clip_denoiser(model: S2VTransformer, inputs: ClipInputs, negative_text: Tensor, config: SamplingConfig) -> Denoiser:
-    """One clip's guided denoiser; everything that stays the same over its steps is embedded here, once."""
-
-    made: list[ClipCondition] = []  # each shares what it can with the one before
-
-    def branch_denoiser(branch: str) -> Denoiser:
-        condition = model.condition(branch_inputs(inputs, negative_text, branch), branch, made[-1] if made else None)
-        made[:] = [condition]
-        return lambda latents, timestep: model(latents, timestep, condition)
-
-    return classifier_free_guidance(map_needed(branch_denoiser, config), config)
-
-
-def sample_clip(
-    model: S2VTransformer,
-    inputs: ClipInputs,
-    negative_text: Tensor,
-    noise: Tensor,
-    config: SamplingConfig,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Denoise one clip.
-
-    Args:
-        inputs: with the prompt as its text.
-        negative_text: 1 L E, embeddings of the negative prompt.
-        noise: B C F h w.
-    Returns:
-        Latents B C F h w.
-    """
-    return denoise(clip_denoiser(model, inputs, negative_text, config), noise, config, on_step)
 
 
 def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: torch.device) -> Tensor:
@@ -112,28 +59,6 @@ def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: to
     height, width = (side // PIXELS_PER_LATENT for side in job.size_px)
     shape = (1, LATENT_CHANNELS, job.plan.clip_frames[clip] // FRAMES_PER_LATENT, height, width)
     return clip_noise(shape, config.seed, clip, device, config.noise)
-
-
-def clip_shape(
-    config: S2VModelConfig, size_px: tuple[int, int], latent_frames: int, motion_latents: int, has_pose: bool
-) -> ClipShape:
-    """The tokens of a clip.
-
-    Args:
-        size_px: height and width.
-        motion_latents: latent frames of the past, 0 without one.
-    """
-    height, width = (side // PIXELS_PER_LATENT for side in size_px)
-    rows, columns = height // PATCH, width // PATCH
-    past = motion_tokens(height, width, motion_latents, config.packs_motion)
-    return ClipShape((latent_frames, rows, columns), rows * columns + past, has_pose)
-
-
-def sampling_plan(networks: Networks, shape: ClipShape, branches: int) -> Choose:
-    """How a clip of that shape can be denoised, with so many guidance branches."""
-    config = networks.dit_config()
-    way = replace(networks.loading.forward_way(config), branches=branches)
-    return dit_plan(config, shape, way, networks.limits)
 
 
 def usable_device(name: str) -> torch.device:
@@ -233,67 +158,23 @@ def clip_told(index: int, clips: int) -> str:
     return f"clip {index + 1} of {clips}"
 
 
-@contextmanager
-def told(network: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
-    """Call `tell` before every layer of a network; what it raises stops the network there."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    hooks = [layer.register_forward_pre_hook(lambda *_: tell()) for layers in lists for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class PlacedDenoiser:
-    """A denoiser whose network is placed for it; where memory runs out in a step, that step is repeated under a
-    tighter plan. A context: its network leaves with it.
-
-    Args:
-        place: gives the denoiser under a plan.
-        attempts: the plans.
-    """
-
-    def __init__(self, place: Callable[[Planned], AbstractContextManager[Denoiser]], attempts: Attempts):
-        self.place, self.attempts, self.placed = place, attempts, ExitStack()
-        self.denoiser: Denoiser | None = None
-
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        return self.attempts.run(lambda planned: self._step(planned, latents, timestep))
-
-    def _step(self, planned: Planned, latents: Tensor, timestep: float) -> Tensor:
-        try:
-            if self.denoiser is None:
-                self.denoiser = self.placed.enter_context(self.place(planned))
-            return self.denoiser(latents, timestep)
-        except BaseException:
-            self.leave()
-            raise
-
-    def leave(self) -> None:
-        self.denoiser = None  # what it has embedded is on the card
-        self.placed.close()
-
-    def __enter__(self) -> "PlacedDenoiser":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.leave()
-
-
 class S2VPipeline:
     """The stages of a video, each with the network it needs.
 
     Args:
         networks: where they come from.
         check: called before every layer of every network; may raise to stop.
+        sampler: who denoises clips; None for this process, with these networks.
     """
 
-    def __init__(self, networks: Networks, check: Callable[[], None] | None = None):
+    def __init__(self, networks: Networks, check: Callable[[], None] | None = None, sampler: ClipSampler | None = None):
         self.networks, self.check = networks, check or (lambda: None)
-        self.expert_load = ExpertLoad()
+        self.sampler = sampler or LocalSampler(networks, self.check)
+
+    @property
+    def expert_load(self) -> ExpertLoad:
         """What the experts of the last generated video had to do; empty for a dense model."""
-        self._techniques: dict[tuple, tuple[Technique, ...]] = {}
+        return self.sampler.expert_load
 
     @property
     def device(self) -> torch.device:
@@ -302,13 +183,11 @@ class S2VPipeline:
     @contextmanager
     def network(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
         """One network, for one stage, as planned. `name`: as for `Networks.use`."""
-        self.check()
         parts = VaeParts(planned.plan.tile_px, is_apart=not planned.plan.holds_pixels)
-        with ExitStack() as stack:
-            network = stack.enter_context(self.networks.use(name, planned))
-            stack.enter_context(told(network, self.check))
-            stack.enter_context(replaced([(network, "parts", parts)] if name == VAE else []))
-            yield network
+        with placed(self.networks, name, planned, self.check) as network:
+            changes = [(network, "parts", parts)] if name == VAE else []
+            with replaced(changes):
+                yield network
 
     def run(self, name: str, choose: Choose, work: Callable[[nn.Module], T]) -> T:
         """Do a stage's work with its network, under the fastest plan that fits.
@@ -378,7 +257,7 @@ class S2VPipeline:
         Raises:
             CheckpointError: if a network gives what cannot be filmed; the clip is not yielded.
         """
-        self.expert_load = ExpertLoad()
+        self.sampler.expert_load = ExpertLoad()
         if finished and len(finished.clip_frames) == conditioning.clips:
             return
         job, device = conditioning, self.device
@@ -392,7 +271,7 @@ class S2VPipeline:
                     on_step(task, step, clean)
 
             told = clip_told(task.index, job.clips)
-            return self.denoise_clip(task.noise, inputs, negative_text, config, tell, routing, told)
+            return self.sampler.sample(task.noise, inputs, negative_text, config, tell, routing, told)
 
         noises = (noise_of(job, clip, config, device) for clip in range(job.clips))
         past, starts = job.video.motion_frames, job.video.starts_from_reference
@@ -403,69 +282,6 @@ class S2VPipeline:
             check_numbers(clip.latents, PART_LABELS[DIT], f"sampling {where}")
             check_pixels(clip.video, reference, PART_LABELS[VAE], f"decoding {where}")
             yield replace(clip, video=clip.video[:, :, : job.plan.shown(clip.index)])
-
-    def denoise_clip(
-        self,
-        noise: Tensor,
-        inputs: ClipInputs,
-        negative_text: Tensor,
-        config: SamplingConfig,
-        on_step: OnStep,
-        routing: ExpertRouting | None,
-        told: str = "a clip",
-    ) -> Tensor:
-        """Denoise one clip, with one DiT or a pair, of which the second is placed when the first has left.
-
-        Args:
-            told: which one, for people.
-        Raises:
-            CheckpointError: if what the DiT gives cannot be sampled.
-        """
-
-        @contextmanager
-        def placed(name: str, planned: Planned) -> Iterator[Denoiser]:
-            with ExitStack() as stack:
-                model = stack.enter_context(self.network(name, planned))
-                made = self.techniques(model, planned.plan, config, routing or NO_ROUTING)
-                stack.enter_context(attached(model, made))
-                denoiser = clip_denoiser(model, inputs, negative_text, config)
-                log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
-                yield denoiser
-                self.expert_load += take_load(model)
-
-        names = (DIT,) if config.noise_boundary is None else (DIT, LOW_NOISE_DIT)
-        boundaries = () if config.noise_boundary is None else (config.noise_boundary,)
-        past = 0 if inputs.motion_latents is None else inputs.motion_latents.shape[2]
-        size = tuple(PIXELS_PER_LATENT * side for side in noise.shape[3:])
-        shape = clip_shape(self.networks.dit_config(), size, noise.shape[2], past, inputs.pose_latents is not None)
-        choose = sampling_plan(self.networks, shape, len(needed_branches(config)))
-        serving: list[PlacedDenoiser] = []
-        with ExitStack() as stack:
-
-            def switch(number: int) -> None:
-                serving.clear()
-                stack.close()
-                attempts = Attempts(self.networks, names[number], choose)
-                serving.append(stack.enter_context(PlacedDenoiser(partial(placed, names[number]), attempts)))
-
-            each = [lambda *step: serving[0](*step)] * len(names)
-            watched = WatchedSteps(noise_experts(boundaries, each, switch))
-            latents = denoise(watched, noise, config, on_step)
-            watched.check(PART_LABELS[DIT], f"sampling {told}")
-            return latents
-
-    def techniques(
-        self, model: S2VTransformer, memory: OffloadPlan, config: SamplingConfig, routing: ExpertRouting
-    ) -> tuple[Technique, ...]:
-        """What a DiT runs with. Made once for each plan: the same objects serve all clips."""
-        plan = self.networks.acceleration
-        if plan is None:
-            return (routed(routing),)
-        known = plan, memory, config, routing, model.dtype, model.device
-        if known not in self._techniques:
-            timesteps = make_schedule(config).timesteps
-            self._techniques = {known: techniques(model, plan, memory, timesteps, routing)}
-        return self._techniques[known]
 
     def clip_inputs(self, job: S2VConditioning, task: ClipTask, text: Tensor) -> ClipInputs:
         """The voice, the pose and the past of one clip."""

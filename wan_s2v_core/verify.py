@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .clip_denoiser import sample_clip
 from .conditioning.audio import audio_embeddings, frame_indices, resample_features
 from .config import SamplingConfig
 from .errors import CheckpointError, ConfigError, WanS2VError
@@ -22,10 +23,9 @@ from .io.weights import Weights, open_weights
 from .model.audio_encoder import normalize_waveform
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import describe, fill, find_part, load_audio_encoder, load_transformer, load_vae
-from .pipeline import sample_clip, usable_device
+from .pipeline import usable_device
 from .sampling.clips import generate_clips
-from .sampling.schedule import make_schedule
-from .sampling.solvers import make_solver
+from .sampling.solvers import SolverState, make_solver
 
 METRICS = REL_L2, MAX_ABS, EXACT = "rel_l2", "max_abs", "exact"
 BOUNDS_FILE = "thresholds.json"
@@ -173,13 +173,14 @@ def run_sampler(case: Case) -> Measured:
     for name in sorted({*case.find(r"(.+)\.(?:timesteps|sigmas|traj|model_out)"), *case.sidecar["runs"]}):
         run = case.sidecar["runs"][name]
         config = SamplingConfig(steps=run["steps"], shift=run["shift"], solver=run["solver"])
-        schedule = make_schedule(config)
+        solver = make_solver(config)
+        schedule = solver.schedule
         yield "timesteps", f"{name}.timesteps", torch.tensor(schedule.timesteps).long(), case[f"{name}.timesteps"]
         yield "sigmas", f"{name}.sigmas", torch.tensor(schedule.sigmas), case[f"{name}.sigmas"]
-        solver, states = make_solver(config, schedule), [case[f"{name}.traj"][0]]
+        states = [SolverState(case[f"{name}.traj"][0])]
         for velocity in case[f"{name}.model_out"]:
-            states.append(solver.step(velocity, states[-1]))
-        yield "traj", f"{name}.traj", torch.stack(states), case[f"{name}.traj"]
+            states.append(solver.step(states[-1], velocity))
+        yield "traj", f"{name}.traj", torch.stack([state.latents for state in states]), case[f"{name}.traj"]
 
 
 def run_audio(case: Case) -> Measured:

@@ -11,6 +11,7 @@ from live_bytes import LiveBytes
 
 from wan_s2v_core.attach import accelerated
 from wan_s2v_core.bench.engine import RELEASED, meta_network, plan_loading
+from wan_s2v_core.clip_denoiser import clip_shape
 from wan_s2v_core.config import MEMORY_PROFILES, AccelerationPlan, MemoryLimits, OffloadPlan
 from wan_s2v_core.errors import ConfigError, OutOfMemory
 from wan_s2v_core.io import host_memory
@@ -31,7 +32,6 @@ from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model.checkpoint import DIT, TEXT_ENCODER
 from wan_s2v_core.model.loading import set_types
 from wan_s2v_core.model.rope import rotary_table
-from wan_s2v_core.pipeline import clip_shape
 
 CPU = torch.device("cpu")
 GB = 10**9

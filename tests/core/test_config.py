@@ -18,7 +18,14 @@ from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import ClipGeometry, frames_of, latent_frames_of
 
 
-@pytest.mark.parametrize("config", [S2VModelConfig(), SamplingConfig(steps=8, audio_guidance_scale=2.0)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        S2VModelConfig(),
+        SamplingConfig(steps=8, audio_guidance_scale=2.0),
+        SamplingConfig(timesteps=(1000, 750.5, 0.1)),
+    ],
+)
 def test_configs_survive_json(config):
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -46,7 +53,18 @@ def test_configs_survive_json(config):
         (lambda: SamplingConfig(shift=0), "shift=0"),
         (lambda: SamplingConfig(shift=float("nan")), "shift=nan"),
         (lambda: SamplingConfig(solver="heun"), "solver='heun'.*unipc"),
-        (lambda: SamplingConfig(sigmas="log"), "sigmas='log'.*karras"),
+        (lambda: SamplingConfig(spacing="log"), "spacing='log'.*karras"),
+        (lambda: SamplingConfig(timesteps=()), r"timesteps=\(\) are no numbers. Use such as 1000, 750"),
+        (lambda: SamplingConfig(timesteps=7), "timesteps=7 are no numbers"),
+        (lambda: SamplingConfig(timesteps=(1000, "x")), "timestep=x is no number. Use such as"),
+        (lambda: SamplingConfig(timesteps=(1000.5, 3)), "timestep=1000.5 is above 1000. Use such as"),
+        (lambda: SamplingConfig(timesteps=(1000, 0)), "timestep=0 is below 0.01. Use such as"),
+        (lambda: SamplingConfig(timesteps=(500, 750)), "timesteps 500, 750 do not fall.*Use such as"),
+        (lambda: SamplingConfig(timesteps=(500, 500)), "timesteps 500, 500 do not fall.*0.01 lower"),
+        (lambda: SamplingConfig(timesteps=(9, float("nan"))), "timestep=nan is no number"),
+        (lambda: SamplingConfig(timesteps=(9, 8), steps=8), "steps=8 with 2 timesteps.*Give one of the two"),
+        (lambda: SamplingConfig(timesteps=(9,), spacing="karras"), "spacing='karras' with 1 timesteps"),
+        (lambda: SamplingConfig(timesteps=tuple(range(1001, 0, -1))), "timestep=1001"),
         (lambda: SamplingConfig(guidance_scale=0.5), "guidance_scale=0.5"),
         (lambda: SamplingConfig(audio_guidance_scale=float("inf")), "audio_guidance_scale=inf"),
         (lambda: SamplingConfig.from_dict({"stepz": 4}), "stepz.*steps"),

@@ -22,7 +22,6 @@ from wan_s2v_core.acceleration.experts.grouped import (
     multiply_grouped,
     multiply_padded,
 )
-from wan_s2v_core.acceleration.experts.noise import expert_at, noise_experts
 from wan_s2v_core.acceleration.experts.router import (
     check_routing,
     describe_experts,
@@ -45,14 +44,13 @@ from wan_s2v_core.acceleration.experts.split import (
     split_path,
 )
 from wan_s2v_core.acceleration.quantization import Float8Linear, swap_linears
-from wan_s2v_core.config import ExpertRouting, S2VModelConfig, SamplingConfig
+from wan_s2v_core.config import ExpertRouting, S2VModelConfig
 from wan_s2v_core.errors import CheckpointError, ConfigError
 from wan_s2v_core.model import checkpoint as names
 from wan_s2v_core.model.block import FeedForward
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward, apply_each
 from wan_s2v_core.model.loading import find_part, load_transformer
-from wan_s2v_core.sampling.denoise import denoise
 
 MOE = replace(TINY, num_experts=4, top_k=2)
 WIDTH, HIDDEN = 16, 24
@@ -477,8 +475,6 @@ def test_bad_split_files_are_named(make_model, tmp_path):
         (lambda: plan_split(S2VTransformer(TINY), 7), "split_experts=7 does not divide"),
         (lambda: plan_split(S2VTransformer(MOE), 4), "4 experts already"),
         (lambda: gate_losses(S2VTransformer(MOE)), "training mode"),
-        (lambda: noise_experts([0.9], [None]), "1 boundaries for 1 noise experts"),
-        (lambda: noise_experts([0.5, 0.9], [None] * 3), "must fall"),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -614,45 +610,3 @@ def test_balance_loss_is_least_when_all_are_used_evenly():
         values.append([float(loss) for loss in gate_losses(nn.ModuleList([layer]))])
     assert values[0][0] == pytest.approx(1) and values[1][0] > 3.5
     assert values[0][1] == pytest.approx(torch.tensor([5.0, 0, 0, 0]).logsumexp(0).square().item())
-
-
-# --- noise experts -----------------------------------------------------------------------------------------------
-
-
-def test_noise_experts_switch_at_the_boundary():
-    served, switched = [], []
-
-    def expert(number):
-        def serve(latents, timestep):
-            served.append((number, timestep))
-            return latents * 0
-
-        return serve
-
-    moments = [999.0, 900.0, 899.0, 500.0, 499.0, 0.0]
-    denoiser = noise_experts([0.9, 0.5], [expert(0), expert(1), expert(2)], switched.append)
-    for moment in moments:
-        denoiser(torch.zeros(1), moment)
-    assert served == list(zip([0, 0, 1, 1, 2, 2], moments, strict=True))
-    assert switched == [0, 1, 2], "each is brought in once, before its first step"
-    assert expert_at([0.875], 875) == 0 and expert_at([0.875], 874.9) == 1
-
-
-def test_one_noise_expert_is_itself():
-    def plain(latents, timestep):
-        return latents
-
-    assert noise_experts([], [plain]) is plain
-
-
-def test_noise_experts_in_a_clip(fresh_seed):
-    """Two experts that are the same denoiser give what it gives alone."""
-    torch.manual_seed(fresh_seed)
-    noise, pull = torch.randn(2, 1, 4, 2, 4, 4)
-
-    def plain(latents, timestep):
-        return (latents - pull) * timestep / 1000
-
-    config = SamplingConfig(steps=6)
-    both = denoise(noise_experts([0.9], [plain, lambda *arguments: plain(*arguments)]), noise, config)
-    assert torch.equal(both, denoise(plain, noise, config))

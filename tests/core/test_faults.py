@@ -137,8 +137,8 @@ def encoded_past_the_end(features, clips_, clip_frames, fps, neighbours=0, rate=
     return features[:, picked.clamp(max=features.shape[1] - 1)].transpose(1, 2)[None]
 
 
-def no_correction(self, clean):
-    return self._first_order(self.index - 1)[0]
+def no_correction(self, i, start, cleans, clean):
+    return self._first_order(i, start, cleans[-1])[0]
 
 
 def unnormalised(self, video):

@@ -14,6 +14,7 @@ from wan_s2v_core.acceleration.keys_values import kept_keys_values
 from wan_s2v_core.attach import attached, attending
 from wan_s2v_core.bench.engine import RELEASED, loading_of, meta_network, with_blocks
 from wan_s2v_core.bench.flops import ForwardShape
+from wan_s2v_core.clip_denoiser import clip_shape
 from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.memory.activations import ForwardWay
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, NoPlanFits, Planned, Room, Sizes, dit_plan, vae_plan
@@ -26,7 +27,6 @@ from wan_s2v_core.model.dit import ClipInputs, S2VTransformer
 from wan_s2v_core.model.loading import set_types
 from wan_s2v_core.model.vae import VideoVAE
 from wan_s2v_core.model.vae_parts import VaeParts
-from wan_s2v_core.pipeline import clip_shape
 from wan_s2v_core.seams import Rows8
 
 META = torch.device("meta")

@@ -13,6 +13,7 @@ from wan_s2v_core.cli import make_parser, sampling_of
 from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.video import probe_video, read_frames
+from wan_s2v_core.sampling.schedule import make_schedule
 
 RATE = 22050
 
@@ -79,6 +80,13 @@ def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs):
     assert not list(inputs.glob("*.clips")), "the clips have become the video"
 
 
+def test_timesteps_are_the_steps(command):
+    """Whatever the preset says."""
+    flags = {"sample_steps": None, "preset": "quick look", "timesteps": "1000,750,500"}
+    sampling = sampling_of(make_parser().parse_args([str(word) for word in command(**flags)]), 0)
+    assert sampling.timesteps == make_schedule(sampling).timesteps == (1000, 750, 500) and sampling.steps == 3
+
+
 def test_text_form_ends_with_the_path(command, run_cli, inputs):
     words = [word for word in command(num_clip=1) if word != "--json"]
     code, out, err = run_cli(*words)
@@ -109,7 +117,7 @@ def test_same_seed_same_video_and_clips_can_be_kept(command, run_cli, inputs):
         {"pose_video": "pose.mp4"},
         {"start_from_ref": True},
         {"clip_plan": "reference", "timing": "reference"},
-        {"sample_solver": "dpm++", "sample_shift": 5, "sigmas": "karras"},
+        {"sample_solver": "dpm++", "sample_shift": 5, "spacing": "karras"},
         {"sample_guide_scale": 1},
         {"colour_match": 1},
         {"audio_guide_scale": 2.0},
@@ -286,7 +294,10 @@ BAD = {
     "no steps": ({"sample_steps": 0}, "steps=0"),
     "shift": ({"sample_shift": -1}, "shift=-1"),
     "solver": ({"sample_solver": "heun"}, "solver='heun'"),
-    "spacing": ({"sigmas": "log"}, "sigmas='log'"),
+    "spacing": ({"spacing": "log"}, "spacing='log'"),
+    "timesteps that rise": ({"sample_steps": None, "timesteps": "500,750"}, "timesteps 500.0, 750.0 do not fall"),
+    "timesteps that are none": ({"timesteps": "1000,,500"}, "--timesteps: 1000,,500: write numbers as 1000,750"),
+    "timesteps and steps": ({"timesteps": "1000,750,500"}, "steps=2 with 3 timesteps, which say it themselves"),
     "guidance": ({"audio_guide_scale": 0.2}, "audio_guidance_scale=0.2"),
     "frames per second": ({"fps": 0}, "fps=0"),
     "fit": ({"fit": "stretch"}, "fit='stretch'"),

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_sampling import sent
 
-from wan_s2v_core.acceleration.experts.noise import noise_experts
+from wan_s2v_core.acceleration.experts.noise import ranges
 from wan_s2v_core.assets import PORTRAIT, VOICE, embedded
 from wan_s2v_core.bench.random_weights import fill_random
+from wan_s2v_core.clip_denoiser import clip_denoiser
+from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.conditioning.bundle import make_conditioning
 from wan_s2v_core.conditioning.image import read_picture
-from wan_s2v_core.config import ExpertRouting, SamplingConfig, VideoConfig
+from wan_s2v_core.config import SOLVERS, ExpertRouting, SamplingConfig, VideoConfig
 from wan_s2v_core.errors import ConfigError, OutOfMemory
 from wan_s2v_core.io.audio import read_recording
 from wan_s2v_core.io.video import read_frames
@@ -23,10 +26,11 @@ from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, VAE, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
-from wan_s2v_core.pipeline import S2VPipeline, clip_denoiser, clip_keys, noise_of, open_checkpoint
+from wan_s2v_core.pipeline import S2VPipeline, clip_keys, noise_of, open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.denoise import denoise
+from wan_s2v_core.sampling.solvers import SolverState, make_solver
 
 CPU = torch.device("cpu")
 ONLY_HIGH, MIXED, ONLY_LOW = 0.5, 0.9, 0.9995
@@ -137,6 +141,14 @@ def job(watched):
     )
 
 
+def test_a_pair_serves_by_the_boundary():
+    moments = [999.0, 900.0, 899.0, 500.0, 0.0]
+    assert ranges(moments, 0.9) == [(DIT, range(2)), (LOW_NOISE_DIT, range(2, 5))]
+    assert ranges([875.0, 874.9], 0.875) == [(DIT, range(1)), (LOW_NOISE_DIT, range(1, 2))], "of the noisier side"
+    assert ranges(moments, None) == [(DIT, range(5))]
+    assert ranges(moments, 0.9999) == [(LOW_NOISE_DIT, range(5))], "one without steps is left out"
+
+
 def test_one_at_a_time_and_changed_once_a_clip(watched, job):
     clips = list(S2VPipeline(watched).generate(job, CONFIG))
     assert len(clips) == 2
@@ -152,8 +164,31 @@ def test_a_clip_is_what_the_two_denoisers_make(watched, job):
     (clip, _) = S2VPipeline(watched).generate(job, CONFIG)
     pipeline, noise = S2VPipeline(watched), noise_of(job, 0, CONFIG, CPU)
     inputs = pipeline.clip_inputs(job, ClipTask(0, noise, pipeline.encode(job.reference), None), job.text)
-    both = [clip_denoiser(watched.loaded[name], inputs, job.negative_text, CONFIG) for name in (DIT, LOW_NOISE_DIT)]
-    assert torch.equal(denoise(noise_experts([MIXED], both), noise, CONFIG), clip.latents)
+    solver, state = make_solver(CONFIG), SolverState(noise)
+    for step, name in enumerate((DIT, LOW_NOISE_DIT)):
+        denoiser = clip_denoiser(watched.loaded[name], inputs, job.negative_text, CONFIG)
+        state = denoise(denoiser, solver, state, range(step, step + 1))
+    assert torch.equal(state.latents, clip.latents)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_clip_that_was_left_between_two_steps_goes_on(solver, watched, job):
+    """In another sampler, from a state that was sent: the same bits, and only the models that are still needed."""
+    config = replace(CONFIG, steps=4, solver=solver, noise_boundary=0.8)  # at sigma 1, 0.9, 0.75, 0.5
+    (clip, _) = S2VPipeline(watched).generate(job, config)
+    pipeline, noise = S2VPipeline(watched), noise_of(job, 0, config, CPU)
+    inputs = pipeline.clip_inputs(job, ClipTask(0, noise, pipeline.encode(job.reference), None), job.text)
+    for cut in range(5):
+        steps, uses = [], []
+        given = (inputs, job.negative_text, config, lambda step, _, steps=steps: steps.append(step), None)
+        state = SolverState(noise)
+        for stop in (cut, 4):
+            watched.uses.clear()
+            state = LocalSampler(watched).denoise_until(sent(state), stop, *given)
+            uses.append(list(watched.uses))
+        assert torch.equal(state.latents, clip.latents) and state.step == 4 and steps == [1, 2, 3, 4]
+        served = [DIT] * 2 + [LOW_NOISE_DIT] * 2
+        assert uses == [list(dict.fromkeys(served[:cut])), list(dict.fromkeys(served[cut:]))]
 
 
 def test_progress_and_previews_are_those_of_one_model(watched, job):

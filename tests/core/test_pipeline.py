@@ -8,6 +8,7 @@ import resource
 import wave
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from wan_s2v_core import assets
+from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, make_conditioning
 from wan_s2v_core.conditioning.pose import frames_at
 from wan_s2v_core.config import SOLVERS, SamplingConfig, VideoConfig
@@ -29,8 +31,9 @@ from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
 from wan_s2v_core.memory.attempts import REMEDIES
 from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.memory.networks import CheckpointNetworks
+from wan_s2v_core.memory.stage import checked_before_layers
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from wan_s2v_core.pipeline import S2VPipeline, told
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import clip_noise
 
@@ -86,20 +89,11 @@ def test_noise_of_the_reference_is_bfloat16_and_of_its_own():
 @pytest.mark.parametrize(("noise", "dtype"), [("cpu", torch.float32), ("reference", torch.bfloat16)])
 def test_latents_keep_the_type_of_the_noise_between_steps(noise, dtype, networks):
     seen = []
-
-    class Spy(WithoutVAE):
-        @contextlib.contextmanager
-        def network(self, kind, planned=WHOLE):
-            with super().network(kind, planned) as network:
-                if kind != DIT:
-                    yield network
-                    return
-                hook = network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-                yield network
-                hook.remove()
-
+    with networks.use(DIT) as network:
+        hook = network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     config = SamplingConfig(steps=3, guidance_scale=1.0, seed=11, noise=noise)
-    (clip,) = Spy(networks).generate(make_job(), config)
+    (clip,) = WithoutVAE(networks).generate(make_job(), config)
+    hook.remove()
     assert [latents.dtype for latents in seen] == [dtype] * 3
     assert torch.equal(seen[0], clip_noise(tuple(seen[0].shape), 11, 0, "cpu", noise))
     assert clip.latents.dtype == clip.video.dtype == torch.float32
@@ -203,7 +197,7 @@ def hooks_in(networks: CheckpointNetworks) -> int:
 def test_every_layer_is_told_and_may_stop(make_model, make_inputs):
     model, (inputs, noise) = make_model(), make_inputs()
     condition, calls, ran = model.condition(inputs), [], []
-    with told(model, lambda: calls.append(None)):
+    with checked_before_layers(model, lambda: calls.append(None)):
         expected = model(noise, 500.0, condition)
     layers = model.config.blocks + len(model.config.injected_blocks)
     assert len(calls) == layers > model.config.blocks
@@ -213,7 +207,7 @@ def test_every_layer_is_told_and_may_stop(make_model, make_inputs):
             raise StopHereError
 
     watchers = [block.register_forward_hook(lambda *_: ran.append(None)) for block in model.stack.blocks]
-    with pytest.raises(StopHereError), told(model, stop):
+    with pytest.raises(StopHereError), checked_before_layers(model, stop):
         model(noise, 500.0, condition)
     for watcher in watchers:
         watcher.remove()
@@ -227,10 +221,11 @@ class Stages(S2VPipeline):
     """The real pipeline, which knows its stage and stops after a few layers of one."""
 
     def __init__(self, networks: CheckpointNetworks, stop_in: str | None = None):
-        super().__init__(networks, self.layer)
+        super().__init__(networks, self.layer, LocalSampler(networks, partial(self.layer, DIT)))
         self.stop_in, self.stage, self.layers = stop_in, "", Counter()
 
-    def layer(self) -> None:
+    def layer(self, stage: str | None = None) -> None:
+        self.stage = stage or self.stage
         self.layers[self.stage] += 1
         if self.stage == self.stop_in and self.layers[self.stage] == 4:
             raise StopHereError

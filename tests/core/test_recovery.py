@@ -4,13 +4,15 @@ import gc
 import logging
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.conditioning.bundle import make_conditioning
-from wan_s2v_core.config import MemoryLimits, SamplingConfig, VideoConfig
+from wan_s2v_core.config import SOLVERS, MemoryLimits, SamplingConfig, VideoConfig
 from wan_s2v_core.errors import OutOfMemory
 from wan_s2v_core.io.audio import Recording
 from wan_s2v_core.memory import budget, networks
@@ -30,10 +32,11 @@ class Failing(S2VPipeline):
     """Memory runs out before chosen layers of a stage: those with these numbers, counted from the stage's first."""
 
     def __init__(self, networks, stage: str = "", failures=()):
-        super().__init__(networks, self.layer)
+        super().__init__(networks, self.layer, LocalSampler(networks, partial(self.layer, DIT)))
         self.stage, self.failures, self.now, self.count, self.failed = stage, set(failures), "", 0, 0
 
-    def layer(self) -> None:
+    def layer(self, stage: str | None = None) -> None:
+        self.now = stage or self.now
         if self.now == self.stage:
             self.count += 1
             if self.count in self.failures:
@@ -109,19 +112,22 @@ def test_a_stage_goes_on_under_a_tighter_plan(stage, opened, recording, undistur
     assert PART_LABELS[kind] in warning and "GB" in warning
 
 
-def test_sampling_goes_on_from_the_last_finished_step(opened, recording, undisturbed):
-    """No step that had ended is made again: only the one that failed."""
-    counts = []
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sampling_goes_on_from_the_last_finished_step(solver, opened, recording):
+    """No step that had ended is made again: only the one that failed, and solvers know what was before it."""
+    counts, latents, config = [], [], replace(CONFIG, solver=solver)
     for failures in ((), (20,)):
         pipeline, steps = Failing(opened(ROOMY), DIT, failures), []
         voice, texts = pipeline.encode_voice(recording), pipeline.encode_prompts("a person talks", "blurry")
         job = make_conditioning(torch.full((64, 64, 3), 90, dtype=torch.uint8), voice, *texts, VIDEO)
         clips = list(
-            pipeline.generate(job, CONFIG, lambda task, step, _, steps=steps: steps.append((task.index, step)))
+            pipeline.generate(job, config, lambda task, step, _, steps=steps: steps.append((task.index, step)))
         )
         counts.append(pipeline.count)
+        latents.append([clip.latents for clip in clips])
         assert steps == [(clip, step) for clip in range(len(clips)) for step in (1, 2, 3)]
     assert 0 < counts[1] - counts[0] <= 20
+    assert_same(latents[1], latents[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -141,7 +147,7 @@ def test_what_never_fits_ends_with_one_error(stage, opened, recording):
 
 def test_another_error_is_nobodys_to_repeat(opened, recording):
     class Broken(Failing):
-        def layer(self) -> None:
+        def layer(self, stage: str | None = None) -> None:
             self.count += 1
             if self.count == 5:
                 raise RuntimeError("shapes do not fit")

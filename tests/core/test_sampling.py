@@ -1,26 +1,35 @@
 """Schedules, solvers, guidance and the chain of clips."""
 
+import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
 
 from wan_s2v_core.config import SOLVERS, SamplingConfig
 from wan_s2v_core.geometry import ClipGeometry, frames_of
 from wan_s2v_core.sampling.clips import ClipTask, clip_noise, generate_clips
-from wan_s2v_core.sampling.denoise import denoise
+from wan_s2v_core.sampling.denoise import OnStep, denoise
 from wan_s2v_core.sampling.guidance import GuidanceBranches, classifier_free_guidance, map_needed, needed_branches
 from wan_s2v_core.sampling.preview import colour_factors
 from wan_s2v_core.sampling.schedule import make_schedule
-from wan_s2v_core.sampling.solvers import make_solver
+from wan_s2v_core.sampling.solvers import SolverState, make_solver
 
 
 def velocity_of(latents, timestep):
     """A velocity that depends on both arguments and is no solver's fixed point."""
     return torch.tanh(0.7 * latents + 0.1 * math.sin(timestep / 1000))
+
+
+def whole_clip(noise: Tensor, config: SamplingConfig, on_step: OnStep | None = None) -> Tensor:
+    solver = make_solver(config)
+    return denoise(velocity_of, solver, SolverState(noise), solver.schedule.steps, on_step).latents
 
 
 def make_reference(solver: str, steps: int, shift: float):
@@ -55,7 +64,7 @@ def test_solvers_equal_diffusers(solver, steps, shift, seed):
         velocity = velocity_of(theirs, float(timestep))
         theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]
 
-    ours = denoise(velocity_of, noise, SamplingConfig(steps=steps, shift=shift, solver=solver))
+    ours = whole_clip(noise, SamplingConfig(steps=steps, shift=shift, solver=solver))
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
 
 
@@ -64,7 +73,7 @@ def test_karras_spacing_equals_diffusers():
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, 13)[:-1])
-    schedule = make_schedule(SamplingConfig(steps=12, solver="euler", sigmas="karras"))
+    schedule = make_schedule(SamplingConfig(steps=12, solver="euler", spacing="karras"))
     torch.testing.assert_close(torch.tensor(schedule.sigmas), scheduler.sigmas, atol=1e-6, rtol=0)
 
 
@@ -73,10 +82,10 @@ def test_karras_spacing_equals_diffusers():
     steps=st.integers(1, 120),
     shift=st.floats(0.5, 20),
     solver=st.sampled_from(SOLVERS),
-    sigmas=st.sampled_from(["flow", "karras"]),
+    spacing=st.sampled_from(["flow", "karras"]),
 )
-def test_noise_levels_fall_to_zero(steps, shift, solver, sigmas):
-    schedule = make_schedule(SamplingConfig(steps=steps, shift=shift, solver=solver, sigmas=sigmas))
+def test_noise_levels_fall_to_zero(steps, shift, solver, spacing):
+    schedule = make_schedule(SamplingConfig(steps=steps, shift=shift, solver=solver, spacing=spacing))
     assert len(schedule.timesteps) == steps == len(schedule.sigmas) - 1
     assert schedule.sigmas[-1] == 0 and schedule.sigmas[0] <= 1
     assert all(a > b for a, b in zip(schedule.sigmas, schedule.sigmas[1:], strict=False))
@@ -89,11 +98,10 @@ def test_a_constant_clean_prediction_is_reached_exactly(solver, steps, fresh_see
     """If the model always knows the answer, every solver ends there, also from pure noise."""
     torch.manual_seed(fresh_seed)
     clean, noise = torch.randn(2, 3, 8)
-    schedule = make_schedule(config := SamplingConfig(steps=steps, solver=solver))
-    solver, latents = make_solver(config, schedule), noise
-    for sigma in schedule.sigmas[:-1]:
-        latents = solver.step((latents - clean) / sigma, latents)
-    torch.testing.assert_close(latents, clean, atol=1e-5, rtol=0)
+    solver, state = make_solver(SamplingConfig(steps=steps, solver=solver)), SolverState(noise)
+    for sigma in solver.schedule.sigmas[:-1]:
+        state = solver.step(state, (state.latents - clean) / sigma)
+    torch.testing.assert_close(state.latents, clean, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("unipc", 2)])
@@ -101,7 +109,7 @@ def test_errors_shrink_with_the_order_of_the_solver(solver, order):
     noise = torch.linspace(-2, 2, 64)
 
     def end(steps, solver=solver):
-        return denoise(velocity_of, noise, SamplingConfig(steps=steps, solver=solver, shift=2.0))
+        return whole_clip(noise, SamplingConfig(steps=steps, solver=solver, shift=2.0))
 
     exact = end(1000, "unipc")
     coarse, fine = ((end(steps) - exact).abs().max() for steps in (10, 40))
@@ -111,9 +119,79 @@ def test_errors_shrink_with_the_order_of_the_solver(solver, order):
 def test_state_keeps_its_precision_and_progress_is_told():
     told = []
     config = SamplingConfig(steps=5, solver="dpm++")
-    out = denoise(velocity_of, torch.randn(4).bfloat16(), config, lambda step, x: told.append((step, x.dtype)))
+    out = whole_clip(torch.randn(4).bfloat16(), config, lambda step, x: told.append((step, x.dtype)))
     assert out.dtype == torch.bfloat16
     assert told == [(step, torch.bfloat16) for step in range(1, 6)]
+
+
+given_timesteps = st.sets(st.integers(1, 10 * 1000), min_size=1, max_size=12).map(
+    lambda tenths: tuple(tenth / 10 for tenth in sorted(tenths, reverse=True))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(timesteps=given_timesteps, solver=st.sampled_from(SOLVERS))
+def test_timesteps_that_are_given_reach_the_model_as_they_are(timesteps, solver):
+    config = SamplingConfig(timesteps=timesteps, solver=solver, shift=8.0)
+    schedule = make_schedule(config)
+    assert schedule.timesteps == timesteps
+    assert config.steps == len(schedule.steps) == len(timesteps)
+    assert schedule.sigmas[-1] == 0 and all(a > b for a, b in pairwise(schedule.sigmas))
+    first, *others = 1000 * np.array(schedule.sigmas[:-1])
+    assert others == pytest.approx(timesteps[1:])
+    assert first == pytest.approx(timesteps[0], abs=1 if solver == "unipc" else 1e-3), "UniPC: just below pure noise"
+    noise = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(len(timesteps)))
+    assert whole_clip(noise, config).isfinite().all()
+
+
+def test_whole_timesteps_are_told_as_floats():
+    schedule = make_schedule(SamplingConfig(timesteps=(1000, 500), solver="euler"))
+    assert schedule.sigmas == (1.0, 0.5, 0.0) and [type(t) for t in schedule.timesteps] == [float] * 2
+
+
+def sent(state: SolverState) -> SolverState:
+    """A state as another process, or a run of another day, reads it."""
+    tensors, facts = state.pack()
+    return SolverState.unpack(load(save(tensors)), json.loads(json.dumps(facts)))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    timesteps=st.none() | given_timesteps,
+    data=st.data(),
+)
+def test_ranges_of_steps_are_the_whole_clip(solver, steps, dtype, timesteps, data):
+    """Bit for bit, wherever it is cut, when each range has a solver of its own and a state that was sent to it."""
+    given = {"steps": steps} if timesteps is None else {"timesteps": timesteps}
+    config = SamplingConfig(solver=solver, shift=2.0, **given)
+    noise = torch.randn(1, 4, 2, 3, 5, generator=torch.Generator().manual_seed(config.steps)).to(dtype)
+    told, once = [], []
+    expected = whole_clip(noise, config, lambda step, clean: once.append((step, clean)))
+
+    cuts = data.draw(st.sets(st.integers(0, config.steps), max_size=4))
+    state = SolverState(noise)
+    for first, stop in pairwise([0, *sorted(cuts), config.steps]):
+        state = denoise(velocity_of, make_solver(config), sent(state), range(first, stop), lambda *n: told.append(n))
+    assert torch.equal(state.latents, expected) and state.latents.dtype == dtype and state.step == config.steps
+    assert [step for step, _ in told] == [step for step, _ in once] == list(range(1, config.steps + 1))
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(told, once, strict=True))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_changes_nothing_but_what_it_returns(solver):
+    """A step that is repeated from its state, as after running out of memory, gives the same; noise is not used."""
+    made = make_solver(SamplingConfig(steps=4, solver=solver))
+    before = denoise(velocity_of, made, SolverState(torch.randn(2, 8)), range(2))
+    velocity, kept = velocity_of(before.latents, 500.0), sent(before)
+    first = made.step(before, velocity)
+    made.step(first, velocity)
+    again = made.step(before, velocity, noise=torch.randn(2, 8))
+    for one, other in ((before, kept), (first, again)):
+        assert one.step == other.step and torch.equal(one.latents, other.latents)
+        assert all(torch.equal(*pair) for pair in zip(one.history, other.history, strict=True))
 
 
 # --- guidance ----------------------------------------------------------------------------------------------------

@@ -18,14 +18,15 @@ from wan_s2v_core.acceleration.attention.sparse import SparsePlan, sparse_attend
 from wan_s2v_core.acceleration.experts.router import routed, take_load
 from wan_s2v_core.acceleration.keys_values import kept_keys_values
 from wan_s2v_core.attach import accelerated, attached, attending
+from wan_s2v_core.clip_denoiser import clip_denoiser
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, ExpertRouting, SamplingConfig
 from wan_s2v_core.geometry import TILE, frame_slices, token_slices
 from wan_s2v_core.memory import slices
 from wan_s2v_core.memory.slices import in_slices, inject_in_slices, runs_of_frames
+from wan_s2v_core.memory.stage import checked_before_layers
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.audio import inject_whole
 from wan_s2v_core.model.block import Block
-from wan_s2v_core.pipeline import clip_denoiser, told
 from wan_s2v_core.seams import KeysValues, with_keys
 
 SIZES = (1, 128, 200, 256, 384)
@@ -191,7 +192,7 @@ def test_every_layer_is_told_once(make_model, make_inputs, attach):
     model, (inputs, noise) = make_model(), make_inputs(**BIG)
     attach(model, in_slices(128))
     condition, calls = model.condition(inputs), []
-    with told(model, lambda: calls.append(1)):
+    with checked_before_layers(model, lambda: calls.append(1)):
         model(noise, 500.0, condition)
     assert len(calls) == TINY.blocks + len(TINY.injected_blocks)
 

@@ -25,11 +25,11 @@ from wan_s2v_core.acceleration.attention.sparse import (
     tile_means,
 )
 from wan_s2v_core.attach import accelerated
+from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
-from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
-from wan_s2v_core.pipeline import S2VPipeline
+from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.prepare import plan_loading
 
 CPU = torch.device("cpu")
@@ -333,16 +333,14 @@ def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted
     plan = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_steps=dense_steps, sparse_dense_blocks=1)
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
     networks = CheckpointNetworks(paths, plan_loading("auto", CPU, acceleration=plan))
-    pipeline = S2VPipeline(networks)
-    with pipeline.network(DIT) as model:
-        config = model.config
-        noise = torch.randn(1, 16, 5, 16, 20)
+    config = networks.dit_config()
+    noise = torch.randn(1, 16, 5, 16, 20)
     inputs, negative = clip_inputs(config, noise)
     sampling = SamplingConfig(steps=all_steps, solver=solver)
     counted.clear()
     with torch.inference_mode():
         for _ in range(2):  # two clips
-            pipeline.denoise_clip(noise, inputs, negative, sampling, lambda step, clean: None, None)
+            LocalSampler(networks).sample(noise, inputs, negative, sampling, lambda step, clean: None, None)
     dense = min(dense_steps, all_steps)
     sparse = (all_steps - dense) * (config.blocks - 1)
     assert counted["sparse"] == 4 * sparse and counted["dense"] == 4 * (all_steps * config.blocks - sparse)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wan_s2v_core.bench.random_weights import fill_random
+from wan_s2v_core.clip_denoiser import branch_inputs
 from wan_s2v_core.conditioning.audio import voice_per_frame
 from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, make_conditioning
 from wan_s2v_core.config import S2VModelConfig, SamplingConfig, VideoConfig
@@ -17,7 +18,7 @@ from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.audio import CausalAudioEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.dit import ClipInputs
-from wan_s2v_core.pipeline import S2VPipeline, branch_inputs
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 
 RATE, FPS, CLIP_FRAMES = 48000, 16, 20

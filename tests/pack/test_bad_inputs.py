@@ -76,7 +76,7 @@ OURS = {
     "driving video is text": (pose("text.mp4"), "text.mp4"),
     "driving video is cut": (pose("cut.mp4"), "cut.mp4"),
     "solver": ({"solver": "nope"}, "solver='nope'"),
-    "sigmas": ({"sigmas": "nope"}, "sigmas='nope'"),
+    "spacing": ({"spacing": "nope"}, "spacing='nope'"),
     "noise": ({"noise": "nope"}, "noise='nope'"),
     "precision": ({"precision": "int3"}, "precision='int3'"),
     "fit": ({"fit": "stretch"}, "fit='stretch'"),

@@ -177,7 +177,7 @@ def test_a_seed_means_one_video(graph, film, new_seed):
         {"precision": "float8-weights"},
         {"noise": "reference"},
         {"guidance_scale": 3.0, "audio_guidance_scale": 2.0},
-        {"solver": "dpm++", "sigmas": "karras", "steps": 2},
+        {"solver": "dpm++", "spacing": "karras", "steps": 2},
         {"solver": "euler", "shift": 5.0, "offload": "auto", "device": "cpu"},
         {"fps": 23.98, "max_clips": 1, "clip_frames": 24},
         {"moe_top_k": 2, "moe_expert_capacity": 256, "moe_gate_dropout": 0.1},

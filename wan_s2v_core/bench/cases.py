@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..clip_denoiser import clip_shape
 from ..config import AccelerationPlan, JsonConfig, S2VModelConfig, SamplingConfig
 from ..errors import ConfigError
 from ..geometry import ClipGeometry
@@ -15,7 +16,7 @@ from ..memory.activations import activation_bytes
 from ..memory.budget import vae_bytes
 from ..memory.vae_room import VaeWork
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..pipeline import clip_shape, usable_device
+from ..pipeline import usable_device
 from ..prepare import AUTO
 from ..sampling.guidance import needed_branches
 from .engine import (

@@ -1,25 +1,30 @@
-"""One clip: solver steps over the noise levels."""
+"""One clip, or some of its steps: solver steps over the noise levels."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from ..config import SamplingConfig
 from ..seams import Denoiser
-from .schedule import make_schedule
-from .solvers import make_solver
+from .solvers import Solver, SolverState
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each step with its number (from 1) and the clean latents it predicts; may raise to stop."""
+"""Called in each step with its number (from 1) and the clean latents it predicts; may raise to stop."""
 
 
-def denoise(denoiser: Denoiser, noise: Tensor, config: SamplingConfig, on_step: OnStep | None = None) -> Tensor:
-    """Noise B C F h w -> latents B C F h w; the state stays in the precision of `noise`."""
-    schedule = make_schedule(config)
-    solver, latents = make_solver(config, schedule), noise
-    for step, (timestep, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=False), start=1):
-        velocity = denoiser(latents, timestep)
+def denoise(
+    denoiser: Denoiser, solver: Solver, state: SolverState, steps: range, on_step: OnStep | None = None
+) -> SolverState:
+    """The state behind some steps. Taking a clip's steps in several ranges gives the same bits as taking them in one.
+
+    Args:
+        state: before the first of them: `SolverState(noise)` at the beginning of a clip.
+        steps: counted from 0; `solver.schedule.steps` for a whole clip.
+    """
+    schedule = solver.schedule
+    for step in steps:
+        assert step == state.step, "steps follow one another from where the state is"
+        velocity = denoiser(state.latents, schedule.timesteps[step])
         if on_step:
-            on_step(step, latents - sigma * velocity)
-        latents = solver.step(velocity, latents).to(noise.dtype)
-    return latents
+            on_step(step + 1, state.latents - schedule.sigmas[step] * velocity)
+        state = solver.step(state, velocity)
+    return state

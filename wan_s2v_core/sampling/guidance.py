@@ -31,29 +31,34 @@ def needed_branches(config: SamplingConfig) -> tuple[str, ...]:
     return tuple(name for name, is_used in used.items() if is_used)
 
 
+def evaluate(
+    branches: GuidanceBranches[Denoiser | None], latents: Tensor, timestep: float
+) -> GuidanceBranches[Tensor | None]:
+    """The velocity of each branch that there is, B C F h w, one after the other."""
+    every = (branches.both, branches.text_only, branches.negative)
+    return GuidanceBranches(*(None if branch is None else branch(latents, timestep) for branch in every))
+
+
+def combine(values: GuidanceBranches[Tensor | None], config: SamplingConfig) -> Tensor:
+    """u + g_text (text_only - u) + g_audio (both - text_only), from the branches that `needed_branches` names."""
+    text, audio, needed = config.guidance_scale, config.audio_scale, needed_branches(config)
+    both, text_only, negative = values.both, values.text_only, values.negative
+    if needed == ("both",):
+        return both
+    if "text_only" not in needed:
+        return negative + text * (both - negative)
+    if "negative" not in needed:
+        return text_only + audio * (both - text_only)
+    return negative + text * (text_only - negative) + audio * (both - text_only)
+
+
 def classifier_free_guidance(branches: GuidanceBranches[Denoiser | None], config: SamplingConfig) -> Denoiser:
-    """u + g_text (text_only - u) + g_audio (both - text_only), with as few forwards as the scales allow.
+    """One denoiser of several, with as few forwards as the scales allow.
 
     Args:
-        branches: denoisers; those that `needed_branches` does not name may be None.
+        branches: denoisers of those that `needed_branches` names, None for the others.
     """
-    text, audio = config.guidance_scale, config.audio_scale
-    needed = needed_branches(config)
-
-    def guided(latents: Tensor, timestep: float) -> Tensor:
-        both = branches.both(latents, timestep)
-        if needed == ("both",):
-            return both
-        if "text_only" not in needed:
-            negative = branches.negative(latents, timestep)
-            return negative + text * (both - negative)
-        text_only = branches.text_only(latents, timestep)
-        if "negative" not in needed:
-            return text_only + audio * (both - text_only)
-        negative = branches.negative(latents, timestep)
-        return negative + text * (text_only - negative) + audio * (both - text_only)
-
-    return guided
+    return lambda latents, timestep: combine(evaluate(branches, latents, timestep), config)
 
 
 def map_needed(make: Callable[[str], T], config: SamplingConfig) -> GuidanceBranches[T | None]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import SamplingConfig
+from ..config import TRAIN_TIMESTEPS, SamplingConfig
 
-TRAIN_TIMESTEPS = 1000
 UNIPC_START = float(np.float32(0.999))
 """UniPC starts just below pure noise, in float32, because the logarithm of 1 - sigma has to exist."""
 KARRAS_RHO = 7.0
@@ -22,6 +21,11 @@ class Schedule:
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
+
+    @property
+    def steps(self) -> range:
+        """All steps of the clip, counted from 0."""
+        return range(len(self.timesteps))
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -36,13 +40,22 @@ def karras_spacing(first: float, last: float, steps: int) -> np.ndarray:
 
 
 def make_schedule(config: SamplingConfig) -> Schedule:
-    """The noise levels of one clip. UniPC and DPM++ get the reference's whole timesteps, Euler exact ones."""
-    start = UNIPC_START if config.solver == "unipc" else 1.0
-    sigmas = shift_sigmas(np.linspace(start, 0, config.steps + 1)[:-1], config.shift)
-    if config.sigmas == "karras":
-        sigmas = karras_spacing(sigmas[0], sigmas[-1], config.steps)
-    timesteps = sigmas * TRAIN_TIMESTEPS
-    if config.solver != "euler":
-        timesteps = np.trunc(timesteps)
+    """The noise levels of one clip. UniPC and DPM++ get the reference's whole timesteps, Euler exact ones.
+
+    Timesteps that are given go to the model as they are, and noise levels are a thousandth of them, without shift.
+    """
+    if config.timesteps:
+        timesteps = np.array(config.timesteps, float)
+        sigmas = timesteps / TRAIN_TIMESTEPS
+        if config.solver == "unipc":  # below pure noise, and above the next one
+            sigmas[0] = min(sigmas[0], max(UNIPC_START, (1 + np.append(sigmas, 0)[1]) / 2))
+    else:
+        start = UNIPC_START if config.solver == "unipc" else 1.0
+        sigmas = shift_sigmas(np.linspace(start, 0, config.steps + 1)[:-1], config.shift)
+        if config.spacing == "karras":
+            sigmas = karras_spacing(sigmas[0], sigmas[-1], config.steps)
+        timesteps = sigmas * TRAIN_TIMESTEPS
+        if config.solver != "euler":
+            timesteps = np.trunc(timesteps)
     levels = np.append(sigmas, 0).astype(np.float32)
     return Schedule(tuple(levels.tolist()), tuple(timesteps.tolist()))

@@ -57,21 +57,32 @@ def check_embeddings(values: Tensor, network: str, where: str) -> Tensor:
 
 
 class WatchedSteps:
-    """A denoiser that notes how large the velocities of each step are, without waiting for the device."""
+    """Notes how large the velocities of a clip's steps are, without waiting for the device.
 
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser = denoiser
-        self.largest: list[Tensor] = []
+    Args:
+        steps: of the whole clip.
+    """
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        velocity = self.denoiser(latents, timestep)
-        self.largest.append(velocity.detach().abs().amax().float())
-        return velocity
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.largest: dict[int, Tensor] = {}
+        """By step, from 0."""
+
+    def watch(self, denoiser: Denoiser, step: int) -> Denoiser:
+        """The same denoiser, of which the velocity in that step is noted."""
+
+        def watched(latents: Tensor, timestep: float) -> Tensor:
+            velocity = denoiser(latents, timestep)
+            self.largest[step] = velocity.detach().abs().amax().float()
+            return velocity
+
+        return watched
 
     def check(self, network: str, where: str) -> None:
         """Raises CheckpointError if those of a step are none to go on with."""
-        for step, largest in enumerate(torch.stack(self.largest).tolist() if self.largest else (), start=1):
-            check_largest(largest, network, f"{where}, step {step} of {len(self.largest)}")
+        values = torch.stack([*self.largest.values()]).tolist() if self.largest else ()
+        for step, largest in zip(self.largest, values, strict=True):
+            check_largest(largest, network, f"{where}, step {step + 1} of {self.steps}")
 
 
 def check_pixels(video: Tensor, picture: Tensor, network: str, where: str) -> None:

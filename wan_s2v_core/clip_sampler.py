@@ -1,0 +1,153 @@
+"""From a clip's noise to its latents: the cut at which sampling can move to other processes.
+
+Tensors and settings go in, latents and the predictions of each step come out; whoever calls owns all else of a run.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .acceleration.experts.noise import ranges
+from .acceleration.experts.router import routed, take_load
+from .attach import NO_ROUTING, attached, techniques
+from .clip_denoiser import clip_denoiser, clip_plan
+from .config import ExpertRouting, OffloadPlan, SamplingConfig
+from .memory.attempts import Attempts
+from .memory.budget import Planned
+from .memory.networks import Networks
+from .memory.stage import placed
+from .model.checkpoint import DIT, PART_LABELS
+from .model.dit import ClipInputs, S2VTransformer
+from .model.experts import ExpertLoad
+from .sampling.denoise import OnStep, denoise
+from .sampling.solvers import SolverState, make_solver
+from .sampling.sound_results import WatchedSteps
+from .seams import Technique
+
+log = logging.getLogger(__name__)
+
+
+class ClipSampler(Protocol):
+    """Who denoises clips, in this process or elsewhere."""
+
+    expert_load: ExpertLoad
+    """What the experts had to do since somebody set this to an empty one; empty for a dense model."""
+
+    def sample(
+        self,
+        noise: Tensor,
+        inputs: ClipInputs,
+        negative_text: Tensor,
+        config: SamplingConfig,
+        on_step: OnStep,
+        routing: ExpertRouting | None,
+        told: str = "a clip",
+    ) -> Tensor:
+        """Denoise one clip.
+
+        Args:
+            noise: B C F h w.
+            inputs: with the prompt as its text.
+            negative_text: 1 L E, embeddings of the negative prompt.
+            on_step: may raise to stop.
+            routing: how experts are used; None for models without.
+            told: which clip, for people.
+        Returns:
+            Latents B C F h w.
+        Raises:
+            CheckpointError: if what the DiT gives cannot be sampled.
+            OutOfMemory: if there is no room for it.
+        """
+
+
+class LocalSampler:
+    """Denoises clips in this process, on the device of its networks.
+
+    Args:
+        networks: where one DiT or a pair comes from; of a pair, one is in place at a time.
+        check: called before every layer; may raise to stop.
+    """
+
+    def __init__(self, networks: Networks, check: Callable[[], None] = lambda: None):
+        self.networks, self.check = networks, check
+        self.expert_load = ExpertLoad()
+        self._techniques: dict[tuple, tuple[Technique, ...]] = {}
+
+    def sample(
+        self,
+        noise: Tensor,
+        inputs: ClipInputs,
+        negative_text: Tensor,
+        config: SamplingConfig,
+        on_step: OnStep,
+        routing: ExpertRouting | None,
+        told: str = "a clip",
+    ) -> Tensor:
+        """As `ClipSampler.sample`."""
+        state = SolverState(noise)
+        return self.denoise_until(state, config.steps, inputs, negative_text, config, on_step, routing, told).latents
+
+    @torch.inference_mode()
+    def denoise_until(
+        self,
+        state: SolverState,
+        stop: int,
+        inputs: ClipInputs,
+        negative_text: Tensor,
+        config: SamplingConfig,
+        on_step: OnStep,
+        routing: ExpertRouting | None,
+        told: str = "a clip",
+    ) -> SolverState:
+        """Denoise a clip from where it is up to a step, so that it can be left and gone on with between any two.
+
+        Where memory runs out, the step that failed is taken again under a tighter plan.
+
+        Args:
+            state: of the clip, on the device.
+            stop: the first step, counted from 0, that is not taken.
+        """
+        solver, watched = make_solver(config), WatchedSteps(config.steps)
+        choose = clip_plan(self.networks, state.latents, inputs, config)
+        timesteps = solver.schedule.timesteps
+
+        def denoise_range(name: str, last: int, planned: Planned) -> None:
+            nonlocal state
+            with placed(self.networks, name, planned, self.check) as model:
+                made = self.techniques(model, planned.plan, timesteps, routing or NO_ROUTING)
+                with attached(model, made), self.counted(model):
+                    denoiser = clip_denoiser(model, inputs, negative_text, config)
+                    log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
+                    while (step := state.step) < last:
+                        state = denoise(watched.watch(denoiser, step), solver, state, range(step, step + 1), on_step)
+
+        for name, steps in ranges(timesteps, config.noise_boundary):
+            if state.step < (last := min(steps.stop, stop)):
+                Attempts(self.networks, name, choose).run(partial(denoise_range, name, last))
+        watched.check(PART_LABELS[DIT], f"sampling {told}")
+        return state
+
+    @contextmanager
+    def counted(self, model: S2VTransformer) -> Iterator[None]:
+        """Within, what a DiT's experts do is counted, also where it ends in an error."""
+        try:
+            yield
+        finally:
+            self.expert_load += take_load(model)
+
+    def techniques(
+        self, model: S2VTransformer, memory: OffloadPlan, timesteps: tuple[float, ...], routing: ExpertRouting
+    ) -> tuple[Technique, ...]:
+        """What a DiT runs with. Made once for each plan, so that the same objects serve all clips."""
+        plan = self.networks.acceleration
+        if plan is None:
+            return (routed(routing),)
+        key = plan, memory, timesteps, routing, model.dtype, model.device
+        if key not in self._techniques:
+            self._techniques = {key: techniques(model, plan, memory, timesteps, routing)}
+        return self._techniques[key]
