@@ -12,7 +12,7 @@ from torch import nn
 
 from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.config import AccelerationPlan, OffloadPlan
-from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
+from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, residents
 from wan_s2v_core.memory.budget import Sizes
 from wan_s2v_core.memory.home import Locking, PackedLayer
 from wan_s2v_core.memory.placement import Placement
@@ -43,16 +43,30 @@ def test_a_dit_computes_the_same_under_every_plan(kind, make_model, make_inputs)
         places = {name: value.data_ptr() for name, value in model.state_dict().items()}
         placement = Placement(model)
         for plan in plans(model.config.blocks):
-            sizes = Sizes.of(placement)
-            lanes, resident = placement.lanes(plan)
-            there = sum(lane.bytes for lane in lanes) + sum(layer.bytes for layer in resident)
-            assert there + sizes.others == sizes.on_device(plan), plan
+            check_predicted_bytes(placement, plan)
             with placement.on(CPU, plan) as network:
                 for _ in range(3):
                     assert torch.equal(network(latents, 500.0, network.condition(inputs)), expected), plan
             assert torch.equal(model(latents, 500.0, model.condition(inputs)), expected), "at home"
     moved = {name for name, value in model.state_dict().items() if value.data_ptr() != places[name]}
     assert moved and all(name.startswith(("stack.", "text_e", "time_", "audio_encoder")) for name in moved)
+
+
+def check_predicted_bytes(placement: Placement, plan: OffloadPlan) -> None:
+    """What a plan is predicted to take is what its lanes and the blocks that stay take."""
+    sizes = Sizes.of(placement)
+    lanes, resident = placement.lanes(plan)
+    there = sum(lane.bytes for lane in lanes) + sum(layer.bytes for layer in resident)
+    assert there + sizes.others == sizes.on_device(plan), plan
+
+
+@pytest.mark.parametrize("larger", range(DEEPER.blocks))
+def test_blocks_of_unequal_size_take_what_is_predicted(larger, make_model):
+    model = make_model(DEEPER)
+    model.stack.blocks[larger].register_buffer("more", torch.zeros(50_000))
+    placement = Placement(model)
+    for plan in plans(DEEPER.blocks):
+        check_predicted_bytes(placement, plan)
 
 
 def test_techniques_compose(make_model, make_inputs):
@@ -164,8 +178,9 @@ def test_compiled_layers_are_swapped(make_model, make_inputs):
 
 
 def test_residents_are_spread():
-    assert spread(10, 5) == [1, 3, 5, 7, 9]
-    assert all(len(set(spread(40, count))) == count for count in range(41))
+    assert residents(10, OffloadPlan(5)) == [1, 3, 5, 7, 9]
+    assert all(len(set(residents(40, OffloadPlan(count)))) == count for count in range(41))
+    assert residents(3, OffloadPlan()) == residents(3, OffloadPlan(7)) == [0, 1, 2] and not residents(0, OffloadPlan(1))
 
 
 def test_memory_that_cannot_be_locked_is_told_once(monkeypatch, caplog):

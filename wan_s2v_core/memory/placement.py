@@ -12,7 +12,7 @@ from ..config import OffloadPlan
 from ..io.maps import is_mapped
 from ..model.dit import S2VTransformer
 from ..model.text_encoder import TextEncoder
-from .block_swap import BlockSwap, Lane, new_memory, spread
+from .block_swap import BlockSwap, Lane, new_memory, residents
 from .home import Home, PackedLayer
 from .upload import Upload
 
@@ -25,7 +25,7 @@ class LayerLists:
     """What of a network can be away while other parts compute."""
 
     blocks: Sequence[nn.Module] = ()
-    """Of one size, in the order in which they compute."""
+    """In the order in which they compute."""
     injectors: Sequence[nn.Module] = ()
     """Of one size, in order, three or four blocks apart: time enough to fetch the next into the place of the last."""
     seldom: Sequence[nn.Module] = ()
@@ -179,8 +179,8 @@ class Placement:
             [self.layers[module] for module in modules]
             for modules in (self.lists.blocks, self.lists.injectors, self.lists.seldom)
         )
-        stays = set(spread(len(blocks), min(plan.resident_layers, len(blocks))))
-        resident = [blocks[i] for i in sorted(stays)]
+        stays = residents(len(blocks), plan)
+        resident = [blocks[i] for i in stays]
         moving = [[block for i, block in enumerate(blocks) if i not in stays]]
         for keeps, layers in ((plan.keeps_injectors, injectors), (plan.keeps_seldom, seldom)):
             resident += layers if keeps else []
