@@ -69,6 +69,77 @@ def test_blocks_of_unequal_size_take_what_is_predicted(larger, make_model):
         check_predicted_bytes(placement, plan)
 
 
+class LowRank(nn.Module):
+    """A layer with a product of two small matrices beside it, which says where these lie when it computes."""
+
+    def __init__(self, base: nn.Linear, seen: list[int], rank: int = 2):
+        super().__init__()
+        self.base, self.seen = base, seen
+        self.down = nn.Parameter(torch.randn(rank, base.in_features), requires_grad=False)
+        self.up = nn.Parameter(torch.randn(base.out_features, rank), requires_grad=False)
+
+    def forward(self, x):
+        self.seen += [self.down.data_ptr(), self.up.data_ptr()]
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+OTHER_CPU = torch.device("cpu", 0)
+"""A device of its own to `Placement`."""
+
+
+@pytest.mark.parametrize("was_used", [False, True])
+@pytest.mark.parametrize("plan", [OffloadPlan(1), OffloadPlan(1, locks=False), OffloadPlan()])
+def test_layers_put_in_after_loading_travel_with_their_blocks(plan, was_used, make_model, make_inputs, fresh_seed):
+    """Also into a network that is on a device already, where all of it stays there."""
+    torch.manual_seed(fresh_seed)
+    model, seen = make_model(DEEPER), []
+    inputs, latents = make_inputs(DEEPER)
+    placement, attentions = Placement(model), [block.attention for block in model.stack.blocks]
+
+    def compute() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(latents, 500.0, model.condition(inputs))
+
+    def compute_placed() -> torch.Tensor:
+        if plan.swaps:
+            with placement.on(OTHER_CPU, plan):
+                return compute()
+        placement.send(OTHER_CPU)
+        return compute()
+
+    plain = compute()
+    if was_used:
+        assert torch.equal(compute_placed(), plain)
+    for attention in attentions:
+        attention.q = LowRank(attention.q, seen)
+    at_home = {m.data_ptr() for attention in attentions for m in (attention.q.down, attention.q.up)}
+    expected = compute()
+    assert not torch.equal(expected, plain) and set(seen) == at_home
+    seen.clear()
+    assert torch.equal(compute_placed(), expected) and len(seen) == 2 * len(attentions)
+    assert not at_home & set(seen), "all of them were on the device"
+    check_predicted_bytes(placement, plan)
+    for attention in attentions:
+        attention.q = attention.q.base
+    assert torch.equal(compute_placed(), plain)
+    placement.take_back()
+    assert torch.equal(compute(), plain) and placement.device_bytes == 0
+
+
+def test_weights_changed_at_home_are_not_changed_back(make_model):
+    model = make_model(DEEPER)
+    placement, block = Placement(model), model.stack.blocks[2]
+    changed = block.feed_forward.up.bias = nn.Parameter(torch.ones(DEEPER.feed_forward_width), requires_grad=False)
+    placement.take_back()
+    for plan in (OffloadPlan(0, locks=False), OffloadPlan()):
+        with placement.on(OTHER_CPU, plan):
+            pass
+        assert block.feed_forward.up.bias is changed
+    with placement.on(OTHER_CPU, OffloadPlan(0)):
+        pass
+    assert torch.equal(block.feed_forward.up.bias, changed)
+
+
 def test_techniques_compose(make_model, make_inputs):
     """Sparse attention in strips, slices of tokens and layers that come and go."""
     model = make_model(DEEPER)

@@ -99,7 +99,7 @@ def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, chec
     network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch)
     loading.finish(kind, network, path)
     placement = placements[0] if packs else Placement(network)  # finishing may have changed its layers
-    placement.settle()
+    placement.take_down()
     return placement
 
 
