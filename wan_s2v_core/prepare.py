@@ -17,7 +17,7 @@ from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
 from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
-from .acceleration.kernels import kernels_work
+from .acceleration.kernels.trial import kernels_work
 from .acceleration.keys_values import compute_keys_values, keep_keys_values
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.pointwise import fuse_pointwise, part_pointwise

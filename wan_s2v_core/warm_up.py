@@ -9,7 +9,7 @@ from importlib import import_module
 import torch
 
 from .acceleration.attention.registry import AUTO, Setting, choose
-from .acceleration.kernels import kernels_work
+from .acceleration.kernels.trial import kernels_work
 from .config import S2VModelConfig
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 

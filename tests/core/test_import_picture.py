@@ -42,13 +42,23 @@ def imports_of(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names += [module] if node.module else [f"{module}.{alias.name}" for alias in node.names]
+            names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     return names
 
 
 def unit(dotted: str) -> str | None:
     parts = dotted.split(".")
     return parts[1] if parts[0] == "wan_s2v_core" and len(parts) > 1 else None
+
+
+def files_behind(dotted: str, importer: Path) -> list[Path]:
+    """The files of the package that must have run when a module imports a name, but for the folders that it is in."""
+    parts, files = dotted.split(".")[1:], []
+    for depth in range(1, len(parts) + 1) if dotted.startswith("wan_s2v_core.") else ():
+        place = PACKAGE.joinpath(*parts[:depth])
+        if place not in importer.parents or depth == len(parts):
+            files += [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.exists()]
+    return files
 
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -65,6 +75,15 @@ def test_imports_point_down(path):
             continue
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}, which is not below it"
         assert not (own in MODEL_USERS_BARRED and other == "model"), "sampling imports the model"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside of functions count: what needs them so is one part in two files."""
+    needs = {path: {file for name in imports_of(path) for file in files_behind(name, path)} for path in MODULES}
+    while leaves := [path for path, others in needs.items() if not others & (needs.keys() - {path})]:
+        for path in leaves:
+            del needs[path]
+    assert not needs, [path.relative_to(PACKAGE).as_posix() for path in needs]
 
 
 def test_lowest_layers_need_no_torch():

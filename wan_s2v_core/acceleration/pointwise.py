@@ -11,7 +11,7 @@ from ..model.block import Block, FeedForward
 from ..model.dit import S2VTransformer
 from ..model.pointwise import Activations, Pointwise
 from ..seams import BlockContext
-from .kernels import kernels_work
+from .kernels.trial import kernels_work
 
 log = logging.getLogger(__name__)
 

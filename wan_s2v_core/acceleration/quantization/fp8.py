@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...seams import Rows8
-from ..kernels import kernels_work
+from ..kernels.trial import kernels_work
 from .linear8 import Linear8, Product8, check_rows, has_triton, largest_of_rows
 
 log = logging.getLogger(__name__)

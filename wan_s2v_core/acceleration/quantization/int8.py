@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...seams import Rows8
-from ..kernels import kernels_work
+from ..kernels.trial import kernels_work
 from .linear8 import Linear8, Product8, has_triton, largest_of_rows
 
-LARGEST = 127
 ROWS_AT_ONCE = 8192
 """Of which sums are held as int32 where they cannot be scaled in the product's own kernel: 0.45 GB at most in the 14B
 model, not 4.4 GB."""
@@ -22,8 +21,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         CheckpointError: if a value is NaN or infinite.
     """
-    scale = largest_of_rows(weight) / LARGEST
-    return (weight / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+    largest = Rows8.LARGEST[torch.int8]
+    scale = largest_of_rows(weight) / largest
+    return (weight / scale).round().clamp(-largest, largest).to(torch.int8), scale
 
 
 def multiply_in_parts(rows: Rows8, layer: Linear8) -> Tensor:

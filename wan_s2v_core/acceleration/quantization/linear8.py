@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...seams import Rows8
-from ..rows8 import FAINTEST, quantize_rows
+from ..rows8 import quantize_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def largest_of_rows(weight: Tensor) -> Tensor:
     """
     largest = weight.abs().amax(dim=1, keepdim=True).float()
     check_rows(largest)
-    return largest.clamp(min=FAINTEST)
+    return largest.clamp(min=Rows8.FAINTEST)
 
 
 def check_rows(largest: Tensor) -> None:
