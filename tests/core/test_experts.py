@@ -52,6 +52,7 @@ from wan_s2v_core.model.block import FeedForward
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward, apply_each
 from wan_s2v_core.model.loading import find_part, load_transformer
+from wan_s2v_core.private_torch import HAS_GROUPED_PRODUCT
 from wan_s2v_core.sampling.denoise import denoise
 
 MOE = replace(TINY, num_experts=4, top_k=2)
@@ -241,7 +242,7 @@ def test_padded_products_equal_the_loop(case, drop, large):
         torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
-@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has no grouped product")
+@pytest.mark.skipif(not HAS_GROUPED_PRODUCT, reason="torch has no grouped product")
 @pytest.mark.parametrize("capacity", [None, 7])
 def test_grouped_kernel_equals_the_loop(capacity, fresh_seed):
     """torch multiplies groups on a CPU too, slowly; one expert gets no tokens."""

@@ -13,7 +13,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["errors"],
     ["geometry"],
     ["config"],
-    ["assets", "libraries"],
+    ["assets", "libraries", "private_torch"],
     ["seams", "io"],
     ["model"],
     ["conditioning"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..private_torch import tensor_dicts
 from .upload import Upload
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Place:
 def places_in(module: nn.Module) -> Iterator[Place]:
     """All parameters and buffers of a module; one that is held twice comes twice."""
     for part in module.modules():
-        for holder in (part._parameters, part._buffers):
+        for holder in tensor_dicts(part):
             yield from (Place(holder, name, held, held.data) for name, held in holder.items() if held is not None)
 
 

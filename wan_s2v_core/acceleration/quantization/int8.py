@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...private_torch import integer_product
 from ...seams import Rows8
 from ..kernels.trial import kernels_work
 from .linear8 import Linear8, Product8, has_triton, largest_of_rows
@@ -34,7 +35,7 @@ def multiply_in_parts(rows: Rows8, layer: Linear8) -> Tensor:
         part = slice(start, start + ROWS_AT_ONCE)
         few = values[part]
         missing = max(0, FEWEST_ROWS - len(few)) if values.is_cuda else 0
-        sums = torch._int_mm(F.pad(few, (0, 0, 0, missing)), layer.weight.t())[: len(few)]
+        sums = integer_product(F.pad(few, (0, 0, 0, missing)), layer.weight)[: len(few)]
         scaled = sums.float().mul_(rows.scale[part]).mul_(scale)
         out[part] = scaled if layer.bias is None else scaled.add_(layer.bias)
     return out
