@@ -21,10 +21,11 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["prepare", "warm_up"],
     ["pipeline"],
     ["forecast"],
-    ["bench", "verify", "inspection", "render", "calibrate"],
+    ["bench", "verify", "inspection", "render"],
     ["cli"],
     ["command"],
     ["__main__"],
+    ["research"],  # nothing on the way from a voice to a video imports it
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = ("errors", "geometry", "config")
@@ -33,8 +34,8 @@ MODEL_USERS_BARRED = ("sampling",)  # sampling sees a model as a Denoiser only
 
 
 def imports_of(path: Path) -> list[str]:
-    """Absolute dotted names that a module of the package imports, anywhere in it."""
-    package = ["wan_s2v_core", *path.relative_to(PACKAGE).parts[:-1]]
+    """Absolute dotted names that a module imports, anywhere in it."""
+    package = list(path.relative_to(ROOT).parts[:-1])
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -75,6 +76,13 @@ def test_imports_point_down(path):
             continue
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}, which is not below it"
         assert not (own in MODEL_USERS_BARRED and other == "model"), "sampling imports the model"
+
+
+def test_nodes_and_tools_of_users_import_no_research():
+    """In the core no layer is above it, so that nothing there can."""
+    assert LAYERS[-1] == ["research"]
+    for path in [*(ROOT / "nodes").rglob("*.py"), ROOT / "__init__.py", ROOT / "generate.py"]:
+        assert not [name for name in imports_of(path) if unit(name) == "research"], path
 
 
 def test_no_module_imports_itself_by_way_of_others():

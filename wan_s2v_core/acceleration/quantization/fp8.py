@@ -123,10 +123,6 @@ class Float8Product(Float8Linear, Product8):
     rows_dtype = FLOAT8
     forward = Product8.forward
 
-    def kind_of_part(self, plain: nn.Linear) -> type[Linear8]:
-        """Parts whose sizes torch does not multiply in 8 bits keep their weights in 8 bits alone."""
-        return type(self) if self.fits(plain) else Float8Linear
-
     def multiply(self, rows: Rows8) -> Tensor:
         if not rows.values.is_cuda:
             return multiply_emulated(rows, self)

@@ -81,22 +81,6 @@ class Linear8(nn.Module):
         """The weight as numbers of a wider type: exact in float32, rounded at most once in others."""
         return self.weight.to(dtype).mul_(self.scale)  # 8 bits fit into all of them; mul_ rounds after the product
 
-    def kind_of_part(self, plain: nn.Linear) -> type["Linear8"]:
-        """What a part of those sizes is."""
-        return type(self)
-
-    def part(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Linear8":
-        """A layer of some rows (and their bias) or some columns (and no bias); values and scales stay what they are."""
-        index, dim = (rows, 0) if rows is not None else (columns, 1)
-        weight = self.weight.view(torch.uint8).index_select(dim, index).view(self.stored)
-        with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            part = self.kind_of_part(plain)(plain)
-        part._store(weight, self.scale if rows is None else self.scale[rows])
-        if rows is not None and self.bias is not None:
-            part.bias = nn.Parameter(self.bias.detach()[rows], requires_grad=False)
-        return part
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear8":
         """What every `.to()`, `.half()` and `.cuda()` does to the tensors of a module."""
         fixed = (self.weight, self.scale)
