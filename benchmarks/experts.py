@@ -28,18 +28,13 @@ sys.path.insert(0, str(ROOT))
 from wan_s2v_core.acceleration.experts.grouped import apply_grouped, group_products  # noqa: E402
 from wan_s2v_core.acceleration.experts.router import routed as routed_by  # noqa: E402
 from wan_s2v_core.acceleration.experts.router import take_load  # noqa: E402
-from wan_s2v_core.acceleration.experts.split import (  # noqa: E402
-    apply_split,
-    plan_split,
-    split_feed_forward,
-    split_layer,
-)
 from wan_s2v_core.attach import NO_ROUTING  # noqa: E402
 from wan_s2v_core.bench.random_weights import fill_random  # noqa: E402
 from wan_s2v_core.config import ExpertRouting, S2VModelConfig  # noqa: E402
 from wan_s2v_core.model.block import FeedForward  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer  # noqa: E402
 from wan_s2v_core.model.experts import ExpertLoad, apply_each  # noqa: E402
+from wan_s2v_core.research.split import plan_split, split_feed_forward, split_layer  # noqa: E402
 
 EXPERTS, TIMESTEP, SEED = 8, 723.0, 7
 CAPACITIES = (256, 1024, 4096, 16384, None)
@@ -102,7 +97,7 @@ def measure_layer(config: S2VModelConfig, tokens: int, runs: int, device: torch.
     dense = random_layer(config, torch.bfloat16, device)
     x = torch.randn(1, tokens, config.width, device=device).bfloat16()
     split = split_layer(dense, EXPERTS)
-    routed = split_feed_forward(dense, split, 0)
+    routed = split_feed_forward(dense, split)
 
     def run(way: str, top_k: int, capacity: int | None) -> torch.Tensor:
         routed.apply_experts = WAYS[way]
@@ -159,7 +154,8 @@ def measure_model(config: S2VModelConfig, size: str, runs: int, device: torch.de
     start = time.perf_counter()
     split = plan_split(model, EXPERTS)
     seconds = time.perf_counter() - start
-    apply_split(model, split)
+    for block, layer in zip(blocks, split.layers, strict=True):
+        block.feed_forward = split_feed_forward(block.feed_forward, layer)
     group_products(model)
     routed = [block.feed_forward for block in blocks]
 

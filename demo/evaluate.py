@@ -2,7 +2,7 @@
 
     python demo/evaluate.py clips --out FOLDER        # 24 videos of 10 s or more, and one of 30 s; see KINDS
     python demo/evaluate.py knobs --out FOLDER        # every setting in turn, on videos of one clip
-    python demo/evaluate.py split --out FOLDER --checkpoint DENSE    # a dense model with its neurons shared out
+    python demo/evaluate.py split --out FOLDER --checkpoint DENSE --split SPLIT    # what research split makes of it
     python demo/evaluate.py show --out FOLDER         # tables and plots from what they wrote; needs matplotlib
 
 Videos are made by `render` and judged by `quality`, as from the command line; many run side by side. Needs
@@ -55,7 +55,7 @@ KNOBS: Knobs = {
     "solver": [{"solver": s, "steps": n} for s in ("unipc", "dpm++") for n in (6, 12)],
     "shift": [{"shift": s} for s in (1.0, 2.0, 3.0, 5.0, 8.0)],
 }
-SPLITS: Knobs = {"split_experts": [{"split_experts": 8, "top_k": k} for k in (8, 7, 6, 5, 4, 2)]}
+SPLITS: Knobs = {"split": [{"is_split": True, "top_k": k} for k in (8, 7, 6, 5, 4, 2)]}
 ROUTING = ("top_k", "expert_capacity", "overflow", "gate_dropout", "gate_dropout_seed")
 EQUAL_DB = 100
 SILENT = ("overflow", "gate_dropout_seed")
@@ -93,6 +93,7 @@ class Place:
     checkpoint: Path
     voices: Path
     device: str
+    split: Path | None = None
 
     def file(self, task: Task, suffix: str) -> Path:
         return self.folder / f"{task.name}_{task.scene:02d}{suffix}"
@@ -207,17 +208,16 @@ def generate(task: Task, place: Place, voice: Path, picture: Path, prompt: str) 
     from wan_s2v_core.render import RenderRequest, render
 
     settings = {**task.base, **task.settings}
+    checkpoint = place.split if settings.pop("is_split", False) else place.checkpoint
     routing = ExpertRouting(**{name: settings.pop(name) for name in ROUTING if name in settings})
-    split_experts = settings.pop("split_experts", 0)
     target = place.file(task, ".mp4")
     request = RenderRequest(
-        checkpoint=str(place.checkpoint),
+        checkpoint=str(checkpoint),
         audio=str(voice),
         image=str(picture),
         save_file=str(target),
         prompt=prompt,
         device=place.device,
-        split_experts=split_experts,
     )
     sampling = SamplingConfig(seed=task.scene, **settings)
     render(request, VideoConfig(max_area=SIDE_PX * SIDE_PX), sampling, routing=routing)
@@ -411,6 +411,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="where the videos go; --out unless given")
     parser.add_argument("--checkpoint", type=Path, default=HERE.parent / "assets" / "checkpoint")
+    parser.add_argument("--split", type=Path, help="for split: the same checkpoint, split into 8 experts")
     parser.add_argument("--voices", type=Path, default=Path(".demo/voices_heldout.npz"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -421,7 +422,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "show":
         return show(options.out)
-    place = Place(options.work or options.out, options.checkpoint, options.voices, options.device)
+    place = Place(options.work or options.out, options.checkpoint, options.voices, options.device, options.split)
     for folder in (options.out, place.folder):
         folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

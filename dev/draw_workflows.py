@@ -31,8 +31,7 @@ NOTES = {
     "experts": "The knobs of a checkpoint that has experts, as the embedded demo: 8, of which a token sees 4.\n\n"
     "Change: moe_top_k (0: as the checkpoint says; fewer is an approximation), moe_expert_capacity (bounds memory; "
     "spill is exact, drop is not), moe_gate_dropout (lowers fidelity). The sampler shows what each expert had to "
-    "do.\n\nWan2.2-S2V-14B is dense: there they do nothing, unless split_experts shares out its feed-forwards. That "
-    "is not faster.",
+    "do.\n\nWan2.2-S2V-14B is dense: there they do nothing.",
     "speed": "What makes it faster, in one node before the sampler. As that node comes, it is the fastest exact way "
     "that works here; this graph leaves out a quarter of the attention, which is lossy.\n\n"
     "Change: sparse_keep (1: all of it; 0.5 is faster, look at the video), attention (auto8: 8 bits), and "

@@ -80,8 +80,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "moe_gate_dropout": {"moe_top_k": 2},
 }
 """What a setting needs beside it to do anything."""
-NOT_ALONE = ("prompt", "negative_prompt", "filename_prefix", "split_experts", "seconds")
-"""Texts; experts are split of dense models alone; the length of the voice is that of the case."""
+NOT_ALONE = ("prompt", "negative_prompt", "filename_prefix", "seconds")
+"""Texts; the length of the voice is that of the case."""
 FLAGS = (
     ("--novram",),
     ("--lowvram",),

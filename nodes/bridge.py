@@ -321,7 +321,6 @@ class ComfyNetworks:
         precision: of the DiT and the text encoder; the audio encoder stays float32.
         offload: when networks leave the GPU, one of `config.OFFLOADS`.
         on_cpu: leave all of them in main memory.
-        split_experts: into so many experts the feed-forwards of a dense DiT are split; 0 leaves them whole.
         low_noise: a second DiT, for steps of low noise.
         text_precision: of the text encoder, see `prepare.TEXT_PRECISIONS`.
         limits: what memory a run may use. None: what the DiT among the models says, or else the running prompt.
@@ -333,7 +332,6 @@ class ComfyNetworks:
         precision: str = AUTO,
         offload: str = AUTO,
         on_cpu: bool = False,
-        split_experts: int = 0,
         low_noise: Model | None = None,
         text_precision: str = AUTO,
         limits: MemoryLimits | None = None,
@@ -344,7 +342,7 @@ class ComfyNetworks:
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
-        planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
+        planned = plan_loading(precision, card, self.acceleration, text_precision)
         self.loading = replace(planned, device=self.device)
         if limits is None:
             limits = self.models[DIT].limits if DIT in self.models else limits_in_prompt()
@@ -441,12 +439,12 @@ class ComfyNetworks:
             log.info("loading the %s of %s", PART_LABELS[recipe.kind], Path(recipe.path).name)
             placement = load_placed(recipe.path, recipe.kind, self.loading, packs, check_interrupt)
             place.patcher = NetworkPatcher(placement, self.device)
-            place.made_from = self._made_from(recipe)  # loading may have written a file of split experts
+            place.made_from = self._made_from(recipe)
         return place.patcher
 
     def _made_from(self, recipe: ModelRecipe) -> tuple:
         """Changes when a network has to be loaded again."""
-        return stamp_of(recipe), self.loading.concerning(recipe.kind, recipe.path)
+        return stamp_of(recipe), self.loading.concerning(recipe.kind)
 
 
 def shown_in(node_id: str) -> str:

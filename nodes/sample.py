@@ -172,15 +172,6 @@ class Sample(io.ComfyNode):
                     tooltip="Tokens beyond an expert's capacity: spill takes them in further rounds, with the same "
                     "result; drop leaves that expert out for them.",
                 ),
-                io.Int.Input(
-                    "split_experts",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Split each feed-forward of a dense model into so many experts. With all of them in use "
-                    "(moe_top_k 0) the result is the same; fewer is an approximation. Not faster: on an H200 a forward "
-                    "takes 3.54 s with 4 of 8, 3.51 s whole. 0: leave it whole.",
-                ),
                 io.Float.Input(
                     "colour_match",
                     optional=True,  # prompts of the API that were made before it was there stay valid
@@ -231,7 +222,7 @@ class Sample(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
         audio_guidance_scale, spacing, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
-        moe_overflow, split_experts, colour_match=0.0, leftover_gb=50, low_noise_model=None,
+        moe_overflow, colour_match=0.0, leftover_gb=50, low_noise_model=None,
         noise_boundary=NOISE_BOUNDARY,
     ) -> io.NodeOutput:  # fmt: skip
         check_link("model", model, bridge.Model)
@@ -263,9 +254,8 @@ class Sample(io.ComfyNode):
         check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
         if low_noise_model is not None:
             check_pair(config, find_part(low_noise_model.recipe.path, DIT).config)
-        usable = choose_routing(config, routing, split_experts)
-        loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
-        networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
+        usable = choose_routing(config, routing)
+        networks = bridge.ComfyNetworks(model, vae, precision=precision, offload=offload, low_noise=low_noise_model)
         warn_of_cpu(config, networks.device)
         plan, attention = networks.acceleration, networks.loading.attention(config)
         if model.accelerated_in:
@@ -278,7 +268,6 @@ class Sample(io.ComfyNode):
             "sampling": sampling.to_dict(),
             "routing": routing.to_dict(),
             "acceleration": plan.to_dict(),
-            "split_experts": split_experts,
             "keep_clips": keep_clips,
             "clips": conditioning.clips,
         }

@@ -90,7 +90,6 @@ def run_generate(options: argparse.Namespace) -> int:
         text_on_cpu=options.t5_cpu,
         text_precision=options.t5_precision,
         keep_clips=options.keep_clips,
-        split_experts=options.split_experts,
         noise_expert=options.noise_expert,
         cache_dir=options.cache_dir,
         metadata=not options.no_metadata,
@@ -208,32 +207,6 @@ def make_video(
 
 def show_step(clip: int, clips: int, step: int) -> None:
     print(f"\rclip {clip} of {clips}, step {step} ", end="", file=sys.stderr, flush=True)
-
-
-def run_split(options: argparse.Namespace) -> int:
-    from .calibrate import SplitRequest, split_checkpoint
-    from .config import SamplingConfig, VideoConfig
-
-    request = SplitRequest(
-        checkpoint=options.checkpoint,
-        experts=options.experts,
-        audio=options.audio,
-        image=options.image,
-        prompt=options.prompt,
-        device=options.device or best_device(),
-        precision=options.precision or "auto",
-        overwrite=options.overwrite,
-    )
-    video = VideoConfig(max_area=parse_size(options.size), clip_frames=options.infer_frames, clips=1)
-    tell = None if options.json else lambda step, _: show_step(1, 1, step)
-    report = split_checkpoint(request, video, SamplingConfig(steps=options.steps), tell)
-    if options.json:
-        print(json.dumps(report.to_dict()))
-    else:
-        print(file=sys.stderr)
-        print(f"{report.path}: {request.experts} experts, from {report.tokens} tokens of each feed-forward")
-        print(report.split)
-    return FINE
 
 
 def run_quality(options: argparse.Namespace) -> int:
@@ -458,14 +431,8 @@ def add_generate(commands, common: argparse.ArgumentParser) -> None:
 
 def add_experts(make: argparse.ArgumentParser) -> None:
     """What models with experts take; a dense one says that they do nothing there."""
-    experts = make.add_argument_group("experts", "for checkpoints with experts, and for dense ones that are split")
+    experts = make.add_argument_group("experts", "for checkpoints with experts")
     add = experts.add_argument
-    add(
-        "--split_experts",
-        type=whole,
-        default=0,
-        help="split each feed-forward of a dense model into so many experts; not faster on an H200",
-    )
     add("--moe_top_k", type=whole, help="experts that a token sees; as the checkpoint says by default")
     add("--moe_expert_capacity", type=whole, help="tokens that an expert takes at once (bounds memory); all by default")
     add("--moe_overflow", default="spill", help="beyond capacity: spill into further rounds (exact), or drop")
@@ -566,27 +533,6 @@ def add_noise_experts(make: argparse.ArgumentParser) -> None:
     )
 
 
-def add_split(commands, common: argparse.ArgumentParser) -> None:
-    split = commands.add_parser(
-        "split",
-        parents=[common],
-        help="split a dense checkpoint into experts by what it does on a short input, for generate --split_experts",
-    )
-    split.set_defaults(run=run_split)
-    add = split.add_argument
-    add("checkpoint", help="folder of Wan2.2-S2V-14B, or one in its layout; the file is written there")
-    add("--experts", type=whole, default=8, help="into so many (default %(default)s)")
-    add("--audio", required=True, help="recording, of which the first clip is used")
-    add("--image", required=True, help="reference picture")
-    add("--prompt", default="", help="what is to be seen")
-    add("--steps", "--sample_steps", type=whole, default=6, help="steps over all noise levels (default %(default)s)")
-    add("--size", default="832*480", help="bound of the area; the picture gives the aspect (default %(default)s)")
-    add("--infer_frames", type=whole, default=80, help="frames of the clip, a multiple of 4 (default %(default)s)")
-    add("--device", help="cuda if there is a card, else cpu")
-    add("--precision", help="as for generate; the split serves all")
-    add("--overwrite", action="store_true", help="replace the file of an earlier split")
-
-
 def add_quality(commands, common: argparse.ArgumentParser) -> None:
     judge = commands.add_parser(
         "quality", parents=[common], help="measure lip sync, drift, seams and flicker of a video"
@@ -662,13 +608,17 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{shown(message, LONGEST_MESSAGE)}. See {self.prog} --help.")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def common_flags() -> argparse.ArgumentParser:
+    """Those of every command."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     common.add_argument("--verbose", action="store_true", help="log what is chosen, on stderr")
+    return common
 
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m wan_s2v_core", description="Wan2.2-S2V: speech to video.")
+    commands, common = parser.add_subparsers(required=True, metavar="COMMAND"), common_flags()
     check = commands.add_parser("verify", parents=[common], help="compare with golden tensors of the reference")
     check.add_argument("folder", type=Path, help="folder with golden cases, searched to any depth")
     check.add_argument("--device", default="cpu", help="torch device; the limits are for cpu (default)")
@@ -678,7 +628,6 @@ def make_parser() -> argparse.ArgumentParser:
     look.add_argument("path", type=Path, help="weights file or checkpoint folder")
     look.set_defaults(run=run_inspect)
     add_generate(commands, common)
-    add_split(commands, common)
     add_quality(commands, common)
     add_bench(commands, common)
 
@@ -695,12 +644,14 @@ def main(
     rank: str = "0",
     ranks: str = "1",
     stopped: Callable[[], bool] = lambda: False,
+    parser: Callable[[], argparse.ArgumentParser] = make_parser,
 ) -> int:
     """Run a command -> the exit code.
 
     Args:
         rank, ranks: which of how many processes this is, where torchrun has started several for one command.
         stopped: whether Ctrl-C was pressed. Libraries that it meets while they load may raise something else.
+        parser: makes what reads the words; each command sets `run`, options -> exit code.
     """
     given = sys.argv[1:] if arguments is None else [*arguments]
     as_json = "--json" in given
@@ -708,7 +659,7 @@ def main(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     try:
-        options = make_parser().parse_args(given)
+        options = parser().parse_args(given)
         options.arguments = given
         logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
         if rank != "0":

@@ -52,7 +52,8 @@ def check_range(name: str, value: Any, least: float, most: float, advice: str) -
         raise ConfigError(f"{name}={shown(value)} is {side} {end}. {advice}")
 
 
-GATE_RANGES = ("chosen", "all")
+UNWEIGHTED = "none"
+GATE_RANGES = ("chosen", "all", UNWEIGHTED)
 OVERFLOWS = ("spill", "drop")
 
 MOST_EXPERTS = 4096
@@ -70,7 +71,8 @@ class S2VModelConfig(JsonConfig):
     between the packed motion tokens of the released model and plain ones, one token per patch of every motion frame.
     `num_experts` = 0 is a dense model. Otherwise every feed-forward is that many experts, each `feed_forward_width`
     wide, of which a token sees `top_k`; the gate's softmax runs over the chosen experts or over all of them (which
-    a gate needs to learn with `top_k` = 1: a softmax over one is always 1).
+    a gate needs to learn with `top_k` = 1: a softmax over one is always 1). Without a softmax every chosen expert
+    counts in full, as parts of one layer do, and all of them share one output bias.
     """
 
     width: int = 5120
@@ -93,6 +95,8 @@ class S2VModelConfig(JsonConfig):
     num_experts: int = 0
     top_k: int = 1
     gate_over: str = "chosen"
+    gate_probes: int = 0
+    """Neurons of each expert whose activations the gate looks at; 0: it looks at the token itself."""
 
     def __post_init__(self):
         check_choice("gate_over", self.gate_over, GATE_RANGES)
@@ -119,13 +123,11 @@ class S2VModelConfig(JsonConfig):
         return self.width // self.heads
 
 
-def check_top_k(top_k: int, num_experts: int, shared: int = 0) -> None:
-    """Raises ConfigError if a token cannot see that many of the experts; `shared` of them it always sees."""
-    if not shared < top_k <= num_experts:
-        always = f", {shared} of which every token sees" if shared else ""
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ConfigError if a token cannot see that many of the experts."""
+    if not 0 < top_k <= num_experts:
         raise ConfigError(
-            f"top_k={top_k} with {num_experts} experts{always}. Use {shared + 1} to {num_experts}; "
-            f"{num_experts} is all of them."
+            f"top_k={top_k} with {num_experts} experts. Use 1 to {num_experts}; {num_experts} is all of them."
         )
 
 

@@ -11,6 +11,7 @@ FLOORS = {
     "transformers": "4.51.0",
     "safetensors": "0.4.5",
     "accelerate": "1.0.0",
+    "psutil": "5.9.4",
     "av": "14.0.0",
     "sentencepiece": "0.2.0",
     "ftfy": "6.1.0",

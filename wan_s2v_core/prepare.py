@@ -14,8 +14,7 @@ from .acceleration.attention.registry import Chosen, Setting, choose
 from .acceleration.convolution import flatten_convolutions
 from .acceleration.experts.grouped import group_products
 from .acceleration.experts.router import check_routing, describe_experts
-from .acceleration.experts.split import apply_split, load_split, plan_split, save_split, split_path
-from .acceleration.kernels import kernels_work
+from .acceleration.kernels.trial import kernels_work
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
@@ -58,8 +57,6 @@ class LoadPlan:
     precision: Precision
     device: torch.device
     """Where they compute."""
-    split_experts: int = 0
-    """Into so many experts each dense feed-forward is split; 0 leaves them whole."""
     acceleration: AccelerationPlan = field(default_factory=AccelerationPlan)
     """How they are made faster. What concerns the DiT is attached when it is used; see attach.py."""
     text_in_8_bits: bool = False
@@ -103,8 +100,8 @@ class LoadPlan:
         """VAE and audio encoder stay in full precision, as in the reference."""
         return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
 
-    def concerning(self, kind: str, path: str | Path) -> tuple:
-        """What of this plan makes another network of that kind, loaded from `path`."""
+    def concerning(self, kind: str) -> tuple:
+        """What of this plan makes another network of that kind."""
         general = self.dtype(kind), self.device
         if kind == TEXT_ENCODER:
             return *general, self.text_in_8_bits
@@ -112,7 +109,7 @@ class LoadPlan:
             return *general, self.has_fast_vae
         if kind != DIT:
             return general
-        return *general, self.precision, self.split_experts, split_stamp(Path(path), self.split_experts)
+        return *general, self.precision
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]:
         """To be called on the network of that kind before it has weights."""
@@ -127,10 +124,8 @@ class LoadPlan:
             flatten_convolutions(network)
             swap_channel_norms(network)
 
-    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None:
-        """Change the network of that kind, loaded from `path`, where that needs its weights."""
-        if kind == DIT and self.split_experts:
-            split_into_experts(network, Path(path), self.split_experts, self.device)
+    def finish(self, kind: str, network: nn.Module) -> None:
+        """Change the network of that kind where that needs its weights."""
         if kind == DIT:
             group_products(network)
         if kind == VAE and self.device.type == "cuda":
@@ -150,10 +145,7 @@ def choose_attention(
 
 
 def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:
-    """All about the networks of a run that shapes its pictures, as JSON: which files they are, and how they compute.
-
-    A split of experts that is still to be made has no file yet: after its first run, clips of that run do not match.
-    """
+    """All about the networks of a run that shapes its pictures, as JSON: which files they are, and how they compute."""
     dits = [name for name in (DIT, LOW_NOISE_DIT) if name in paths]
     parts = {name: find_part(paths[name], kind_of(name)) for name in (*dits, VAE)}
     return {
@@ -166,7 +158,6 @@ def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
         "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
         "dit": parts[DIT].config.to_dict(),
-        "split": [loading.split_experts, *(split_stamp(paths[name], loading.split_experts) for name in dits)],
     }
 
 
@@ -194,37 +185,9 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), facts.st_size, facts.st_mtime_ns
 
 
-def split_stamp(checkpoint: Path, experts: int) -> tuple[str, int, int] | None:
-    """Changes when a checkpoint is split into that many experts in another way; None before there is a file."""
-    file = split_path(checkpoint, experts)
-    return file_stamp(file) if experts and file.exists() else None
-
-
-def split_into_experts(model: nn.Module, checkpoint: Path, experts: int, device: torch.device) -> None:
-    """Split the dense feed-forwards of a model as the file beside its checkpoint says, which is made if missing."""
-    file = split_path(checkpoint, experts)
-    if file.exists():
-        apply_split(model, load_split(file))
-        return
-    log.warning(
-        "%s is not there: neurons are grouped now, without calibration. With it, and with measured errors: "
-        "python -m wan_s2v_core split %s --experts %d --audio FILE --image FILE --overwrite",
-        file,
-        checkpoint,
-        experts,
-    )
-    split = plan_split(model, experts, device=device)
-    try:
-        save_split(split, file)
-    except OSError as error:
-        log.warning("%s cannot be written (%s): it will be made again next time", file, error.strerror)
-    apply_split(model, split)
-
-
 def plan_loading(
     precision: str,
     device: torch.device,
-    split_experts: int = 0,
     acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
     text_precision: str = AUTO,
 ) -> LoadPlan:
@@ -245,7 +208,7 @@ def plan_loading(
         check_device(chosen.linears, device)
         if auto_precision(device) == "float16":  # of 8-bit weights, what the rest of the network is
             chosen = replace(chosen, dtype=torch.float16)
-    return LoadPlan(chosen, device, split_experts, acceleration, text_precision != AUTO)
+    return LoadPlan(chosen, device, acceleration, text_precision != AUTO)
 
 
 def auto_precision(device: torch.device) -> str:
@@ -303,14 +266,14 @@ def why_cpu() -> str:
     )
 
 
-def choose_routing(config: S2VModelConfig, routing: ExpertRouting, split_experts: int) -> ExpertRouting | None:
+def choose_routing(config: S2VModelConfig, routing: ExpertRouting) -> ExpertRouting | None:
     """The routing for a model of that config; None for a dense one, which is told if there are settings.
 
     Raises:
         ConfigError: if the settings do not fit the experts.
     """
-    if config.num_experts or split_experts:
-        check_routing(config, routing, split_experts)
+    if config.num_experts:
+        check_routing(config, routing)
         return routing
     if routing != ExpertRouting():
         log.warning(describe_experts(config))

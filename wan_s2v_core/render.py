@@ -15,14 +15,12 @@ from .conditioning.bundle import Voice, make_conditioning, size_of_video
 from .conditioning.image import read_picture, to_frames
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
-    MOST_EXPERTS,
     AccelerationPlan,
     ExpertRouting,
     JsonConfig,
     MemoryLimits,
     SamplingConfig,
     VideoConfig,
-    check_range,
 )
 from .errors import ConfigError
 from .forecast import JobFacts, StageForecast, forecast
@@ -85,8 +83,6 @@ class RenderRequest(JsonConfig):
     text_on_cpu: bool = False
     text_precision: str = AUTO
     keep_clips: bool = False
-    split_experts: int = 0
-    """Into so many experts the feed-forwards of a dense model are split."""
     noise_expert: str | None = None
     """File or folder of a second DiT, which serves where the noise is below the boundary of the sampling."""
     cache_dir: str | None = None
@@ -104,7 +100,6 @@ class RenderRequest(JsonConfig):
             value = getattr(self, name)
             if value is not None and not abs(value) <= LONGEST_SECONDS:
                 raise ConfigError(f"{name}={value:g} is no time in a recording. Give seconds, such as 12.5.")
-        check_range("split_experts", self.split_experts, 0, MOST_EXPERTS, "Use such as 8, or 0 to leave it whole.")
         self.loading(AccelerationPlan())
 
     def told(self) -> dict[str, Any]:
@@ -116,7 +111,7 @@ class RenderRequest(JsonConfig):
     def loading(self, acceleration: AccelerationPlan) -> LoadPlan:
         """How its networks are loaded."""
         device = usable_device(self.device)
-        return plan_loading(self.precision, device, self.split_experts, acceleration, self.text_precision)
+        return plan_loading(self.precision, device, acceleration, self.text_precision)
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ def render_held(
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
     pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
     loading.attention(config)  # a wrong one is told before anything loads
-    usable = choose_routing(config, routing, request.split_experts)
+    usable = choose_routing(config, routing)
     voice, text, negative_text = encode(pipeline, networks, request, recording)
     conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
     height, width = conditioning.size_px

@@ -4,10 +4,10 @@ Shape letters used everywhere: `B` batch, `C` channels, `T` video frames, `F` la
 `h w` latent size, `L` tokens, `N` heads, `D` head size, `E` model width, `A` audio layers, `S` segments (2).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,11 @@ class Rows8:
 
     A layer that takes them says so in an attribute `rows_dtype`, the 8-bit type that it wants; others get tensors.
     """
+
+    LARGEST: ClassVar[Mapping[torch.dtype, float]] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+    """The 8-bit types and their largest number, which the largest value of a row becomes."""
+    FAINTEST: ClassVar[float] = 2.0**-100
+    """A row whose values are all below this, such as one of zeros, is scaled as if this were its largest."""
 
     values: Tensor
     """B L E, float8_e4m3fn or int8."""

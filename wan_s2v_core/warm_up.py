@@ -9,7 +9,7 @@ from importlib import import_module
 import torch
 
 from .acceleration.attention.registry import AUTO, Setting, choose
-from .acceleration.kernels import kernels_work
+from .acceleration.kernels.trial import kernels_work
 from .acceleration.vae.network import has_kernels, speed_up
 from .config import S2VModelConfig
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT

@@ -112,11 +112,11 @@ def make_inputs(fresh_seed):
 def run_cli():
     """Run the command line in this process -> exit code, stdout, stderr."""
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
+    def run(*arguments: str | Path, command=main) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = main([str(argument) for argument in arguments])
+                code = command([str(argument) for argument in arguments])
             except SystemExit as stop:
                 code = stop.code
         return code, out.getvalue(), err.getvalue()

@@ -13,7 +13,7 @@ from torch import nn
 from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.attach import accelerated
 from wan_s2v_core.config import AccelerationPlan, OffloadPlan
-from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, spread
+from wan_s2v_core.memory.block_swap import BlockSwap, Lane, Transfer, residents
 from wan_s2v_core.memory.budget import Sizes
 from wan_s2v_core.memory.home import Locking, PackedLayer
 from wan_s2v_core.memory.placement import Placement
@@ -43,16 +43,101 @@ def test_a_dit_computes_the_same_under_every_plan(kind, make_model, make_inputs)
         places = {name: value.data_ptr() for name, value in model.state_dict().items()}
         placement = Placement(model)
         for plan in plans(model.config.blocks):
-            sizes = Sizes.of(placement)
-            lanes, resident = placement.lanes(plan)
-            there = sum(lane.bytes for lane in lanes) + sum(layer.bytes for layer in resident)
-            assert there + sizes.others == sizes.on_device(plan), plan
+            check_predicted_bytes(placement, plan)
             with placement.on(CPU, plan) as network:
                 for _ in range(3):
                     assert torch.equal(network(latents, 500.0, network.condition(inputs)), expected), plan
             assert torch.equal(model(latents, 500.0, model.condition(inputs)), expected), "at home"
     moved = {name for name, value in model.state_dict().items() if value.data_ptr() != places[name]}
     assert moved and all(name.startswith(("stack.", "text_e", "time_", "audio_encoder")) for name in moved)
+
+
+def check_predicted_bytes(placement: Placement, plan: OffloadPlan) -> None:
+    """What a plan is predicted to take is what its lanes and the blocks that stay take."""
+    sizes = Sizes.of(placement)
+    lanes, resident = placement.lanes(plan)
+    there = sum(lane.bytes for lane in lanes) + sum(layer.bytes for layer in resident)
+    assert there + sizes.others == sizes.on_device(plan), plan
+
+
+@pytest.mark.parametrize("larger", range(DEEPER.blocks))
+def test_blocks_of_unequal_size_take_what_is_predicted(larger, make_model):
+    model = make_model(DEEPER)
+    model.stack.blocks[larger].register_buffer("more", torch.zeros(50_000))
+    placement = Placement(model)
+    for plan in plans(DEEPER.blocks):
+        check_predicted_bytes(placement, plan)
+
+
+class LowRank(nn.Module):
+    """A layer with a product of two small matrices beside it, which says where these lie when it computes."""
+
+    def __init__(self, base: nn.Linear, seen: list[int], rank: int = 2):
+        super().__init__()
+        self.base, self.seen = base, seen
+        self.down = nn.Parameter(torch.randn(rank, base.in_features), requires_grad=False)
+        self.up = nn.Parameter(torch.randn(base.out_features, rank), requires_grad=False)
+
+    def forward(self, x):
+        self.seen += [self.down.data_ptr(), self.up.data_ptr()]
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+OTHER_CPU = torch.device("cpu", 0)
+"""A device of its own to `Placement`."""
+
+
+@pytest.mark.parametrize("was_used", [False, True])
+@pytest.mark.parametrize("plan", [OffloadPlan(1), OffloadPlan(1, locks=False), OffloadPlan()])
+def test_layers_put_in_after_loading_travel_with_their_blocks(plan, was_used, make_model, make_inputs, fresh_seed):
+    """Also into a network that is on a device already, where all of it stays there."""
+    torch.manual_seed(fresh_seed)
+    model, seen = make_model(DEEPER), []
+    inputs, latents = make_inputs(DEEPER)
+    placement, attentions = Placement(model), [block.attention for block in model.stack.blocks]
+
+    def compute() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(latents, 500.0, model.condition(inputs))
+
+    def compute_placed() -> torch.Tensor:
+        if plan.swaps:
+            with placement.on(OTHER_CPU, plan):
+                return compute()
+        placement.send(OTHER_CPU)
+        return compute()
+
+    plain = compute()
+    if was_used:
+        assert torch.equal(compute_placed(), plain)
+    for attention in attentions:
+        attention.q = LowRank(attention.q, seen)
+    at_home = {m.data_ptr() for attention in attentions for m in (attention.q.down, attention.q.up)}
+    expected = compute()
+    assert not torch.equal(expected, plain) and set(seen) == at_home
+    seen.clear()
+    assert torch.equal(compute_placed(), expected) and len(seen) == 2 * len(attentions)
+    assert not at_home & set(seen), "all of them were on the device"
+    check_predicted_bytes(placement, plan)
+    for attention in attentions:
+        attention.q = attention.q.base
+    assert torch.equal(compute_placed(), plain)
+    placement.take_back()
+    assert torch.equal(compute(), plain) and placement.device_bytes == 0
+
+
+def test_weights_changed_at_home_are_not_changed_back(make_model):
+    model = make_model(DEEPER)
+    placement, block = Placement(model), model.stack.blocks[2]
+    changed = block.feed_forward.up.bias = nn.Parameter(torch.ones(DEEPER.feed_forward_width), requires_grad=False)
+    placement.take_back()
+    for plan in (OffloadPlan(0, locks=False), OffloadPlan()):
+        with placement.on(OTHER_CPU, plan):
+            pass
+        assert block.feed_forward.up.bias is changed
+    with placement.on(OTHER_CPU, OffloadPlan(0)):
+        pass
+    assert torch.equal(block.feed_forward.up.bias, changed)
 
 
 def test_techniques_compose(make_model, make_inputs):
@@ -161,8 +246,9 @@ def test_compiled_layers_are_swapped(make_model, make_inputs):
 
 
 def test_residents_are_spread():
-    assert spread(10, 5) == [1, 3, 5, 7, 9]
-    assert all(len(set(spread(40, count))) == count for count in range(41))
+    assert residents(10, OffloadPlan(5)) == [1, 3, 5, 7, 9]
+    assert all(len(set(residents(40, OffloadPlan(count)))) == count for count in range(41))
+    assert residents(3, OffloadPlan()) == residents(3, OffloadPlan(7)) == [0, 1, 2] and not residents(0, OffloadPlan(1))
 
 
 def test_memory_that_cannot_be_locked_is_told_once(monkeypatch, caplog):

@@ -1,7 +1,6 @@
-"""Experts in a whole run: dense checkpoints, split ones and native ones, through the command line."""
+"""Experts in a whole run: dense checkpoints and those with experts, through the command line."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.model.checkpoint import dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
 
-SPLIT_ERROR_LEVELS = 1
-"""Of 255: the sum over all experts is the dense layer up to rounding."""
+ROUNDING_LEVELS = 1
+"""Of 255."""
 
 
 @pytest.fixture
@@ -57,28 +56,14 @@ def test_a_dense_model_says_that_experts_do_not_apply(video_of, tiny_checkpoint,
     told = video_of(tiny_checkpoint, "told", moe_expert_capacity=256, moe_gate_dropout=0.1, moe_top_k=4)
     assert torch.equal(plain, told)
     (warning,) = (record.getMessage() for record in caplog.records)
-    assert warning.startswith("Not applicable: this checkpoint is one dense DiT") and "split_experts" in warning
-
-
-def test_a_split_model_with_all_experts_is_the_dense_one(video_of, tiny_checkpoint, tmp_path, caplog):
-    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    plain = video_of(checkpoint, "plain").int()
-    for run in ("first", "again"):  # the second reads what the first has put beside the checkpoint
-        caplog.clear()
-        split = video_of(checkpoint, run, split_experts=8, moe_expert_capacity=100)
-        assert (split.int() - plain).abs().max() <= SPLIT_ERROR_LEVELS
-        assert (checkpoint / "experts_8.safetensors").is_file()
-        assert ("is not there" in caplog.text) == (run == "first")
-        assert "expert   tokens" in caplog.text and "100.0%" in caplog.text
-    fewer = video_of(checkpoint, "fewer", split_experts=8, moe_top_k=2)
-    assert (fewer.int() - plain).abs().max() > SPLIT_ERROR_LEVELS
+    assert warning.startswith("Not applicable: this checkpoint is one dense DiT") and "research split" in warning
 
 
 def test_a_native_model_routes_and_reports(video_of, routed_checkpoint, caplog):
     plain = video_of(routed_checkpoint, "plain")
     assert "expert   tokens" in caplog.text
     spilled = video_of(routed_checkpoint, "spilled", moe_expert_capacity=64)
-    assert (spilled.int() - plain.int()).abs().max() <= SPLIT_ERROR_LEVELS
+    assert (spilled.int() - plain.int()).abs().max() <= ROUNDING_LEVELS
     for name, flags in {
         "dropped": {"moe_expert_capacity": 20, "moe_overflow": "drop"},
         "hidden": {"moe_gate_dropout": 0.5},
@@ -90,8 +75,6 @@ def test_a_native_model_routes_and_reports(video_of, routed_checkpoint, caplog):
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (["--split_experts", "7"], "does not divide the 256 neurons"),
-        (["--split_experts", "8", "--moe_top_k", "9"], "top_k=9 with 8 experts"),
         (["--moe_top_k", "0"], "top_k=0"),
         (["--moe_expert_capacity", "0"], "expert_capacity=0"),
         (["--moe_overflow", "wait"], "overflow='wait'"),
@@ -105,9 +88,3 @@ def test_settings_that_cannot_work_are_named(flags, wanted, run_cli, tiny_checkp
     code, _, err = run_cli("generate", *words, *flags)
     assert code == 2 and wanted in err, err
     assert not (tmp_path / "out.mp4").exists()
-
-
-def test_a_native_model_is_not_split_again(run_cli, routed_checkpoint, tmp_path):
-    words = ["--ckpt_dir", routed_checkpoint, "--audio", embedded(VOICE), "--save_file", tmp_path / "out.mp4"]
-    code, _, err = run_cli("generate", *words, "--split_experts", "4")
-    assert code == 2 and "has 8 experts already" in err

@@ -30,19 +30,6 @@ from wan_s2v_core.acceleration.experts.router import (
     routed_layers,
     take_load,
 )
-from wan_s2v_core.acceleration.experts.split import (
-    FORMAT,
-    TokenSample,
-    apply_split,
-    assign_balanced,
-    load_split,
-    plan_split,
-    sampled_tokens,
-    save_split,
-    split_feed_forward,
-    split_layer,
-    split_path,
-)
 from wan_s2v_core.acceleration.quantization import Float8Linear, swap_linears
 from wan_s2v_core.config import ExpertRouting, S2VModelConfig
 from wan_s2v_core.errors import CheckpointError, ConfigError
@@ -51,16 +38,27 @@ from wan_s2v_core.model.block import FeedForward
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.experts import ExpertLoad, Gate, RoutedFeedForward, apply_each
 from wan_s2v_core.model.loading import find_part, load_transformer
+from wan_s2v_core.private_torch import HAS_GROUPED_PRODUCT
+from wan_s2v_core.research.split import (
+    TokenSample,
+    assign_balanced,
+    check_split,
+    plan_split,
+    sampled_tokens,
+    split_feed_forward,
+    split_layer,
+)
 
 MOE = replace(TINY, num_experts=4, top_k=2)
 WIDTH, HIDDEN = 16, 24
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-def split_experts(model, *arguments, **options):
-    """Plan a split and apply it, as a run does where none is stored."""
-    split = plan_split(model, *arguments, **options)
-    apply_split(model, split)
+def split_experts(model, num_experts, samples=None):
+    """Split the feed-forwards of a model in place."""
+    split = plan_split(model, num_experts, samples)
+    for block, layer in zip(model.stack.blocks, split.layers, strict=True):
+        block.feed_forward = split_feed_forward(block.feed_forward, layer)
     return split
 
 
@@ -239,7 +237,7 @@ def test_padded_products_equal_the_loop(case, drop, large):
         torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
-@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has no grouped product")
+@pytest.mark.skipif(not HAS_GROUPED_PRODUCT, reason="torch has no grouped product")
 @pytest.mark.parametrize("capacity", [None, 7])
 def test_grouped_kernel_equals_the_loop(capacity, fresh_seed):
     """torch multiplies groups on a CPU too, slowly; one expert gets no tokens."""
@@ -281,42 +279,31 @@ def dense_layer(seed: int, neurons: int) -> tuple[FeedForward, torch.Tensor]:
     seed=st.integers(0, 2**31),
     experts=st.integers(2, 6),
     size=st.integers(1, 8),
-    shared=st.integers(0, 5),
     capacity=st.none() | st.integers(1, 70),
     calibrated=st.booleans(),
 )
-def test_all_experts_of_a_split_are_the_dense_layer(seed, experts, size, shared, capacity, calibrated):
-    shared = min(shared, experts - 1)
+def test_all_experts_of_a_split_are_the_dense_layer(seed, experts, size, capacity, calibrated):
     dense, x = dense_layer(seed, experts * size)
-    split = split_layer(dense, experts, shared, x if calibrated else None)
+    split = split_layer(dense, experts, x if calibrated else None)
     assert torch.equal(split.groups.flatten().sort().values, torch.arange(experts * size)), "each neuron once"
-    layer = split_feed_forward(dense, split, shared)
+    layer = split_feed_forward(dense, split)
     layer.routing = ExpertRouting(expert_capacity=capacity)
     torch.testing.assert_close(layer(x), dense(x), **CLOSE)
     assert layer.load.chosen == (len(x),) * experts
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 2**31), shared=st.integers(0, 2), top_k=st.integers(1, 6))
-def test_fewer_experts_leave_out_what_the_gate_ranks_last(seed, shared, top_k):
+@given(seed=st.integers(0, 2**31), top_k=st.integers(1, 6))
+def test_fewer_experts_leave_out_what_the_gate_ranks_last(seed, top_k):
     dense, x = dense_layer(seed, 24)
-    layer = split_feed_forward(dense, split_layer(dense, 6, shared, x), shared)
-    top_k = max(top_k, shared + 1)
+    layer = split_feed_forward(dense, split_layer(dense, 6, x))
     layer.routing = ExpertRouting(top_k=top_k)
     ranks = layer.gate(x).argsort(dim=1, descending=True)
     expected = dense.down.bias.expand(len(x), -1).clone()
     for index, token in enumerate(x):
-        for expert in [*range(shared), *(ranks[index, : top_k - shared] + shared).tolist()]:
+        for expert in ranks[index, :top_k].tolist():
             expected[index] += layer.experts[expert](token)
     torch.testing.assert_close(layer(x), expected, **CLOSE)
-
-
-def test_shared_experts_drop_nothing():
-    dense, x = dense_layer(3, 24)
-    layer = split_feed_forward(dense, split_layer(dense, 6, 2, x), 2)
-    layer.routing = ExpertRouting(expert_capacity=7, overflow="drop")
-    layer(x)
-    assert layer.load.dropped == (0, 0, 53, 53, 53, 53) and layer.load.overflow == (53,) * 6
 
 
 @settings(deadline=None)
@@ -355,8 +342,8 @@ def test_groups_and_gate_find_structure_that_is_there(fresh_seed):
     heard = (dense.up.weight @ x.T).unflatten(1, (-1, 4)).mean(dim=1).argmax(dim=1)
     assert all(len(heard[group].unique()) == 1 for group in split.groups)
     assert split.errors[0] < 0.1 and split.errors[-1] < 1e-6
-    weights_only = split_feed_forward(dense, split_layer(dense, 4), 0)
-    for layer in (split_feed_forward(dense, split, 0), weights_only):
+    weights_only = split_feed_forward(dense, split_layer(dense, 4))
+    for layer in (split_feed_forward(dense, split), weights_only):
         layer.routing = ExpertRouting(top_k=1)
         assert (layer(x) - dense(x)).norm() / dense(x).norm() < 0.1
 
@@ -408,63 +395,19 @@ def test_a_sample_has_no_favourites(fresh_seed):
     assert often.sum() == 500 * 20 and (often - 100).abs().max() < 6 * (500 * 0.2 * 0.8) ** 0.5
 
 
-def test_split_of_8_bit_weights_keeps_them(make_model, make_inputs):
-    model, (inputs, noise) = make_model(), make_inputs()
-    swap_linears(model)
-    expected = model(noise, 500.0, model.condition(inputs))
-    split_experts(model, 4, shared=1)
-    layer = model.stack.blocks[0].feed_forward
-    assert all(isinstance(one, Float8Linear) for expert in layer.experts for one in (expert.up, expert.down))
-    torch.testing.assert_close(model(noise, 500.0, model.condition(inputs)), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_split_is_kept_in_a_file_without_weights(make_model, make_inputs, tmp_path, attach):
-    (inputs, noise), model = make_inputs(), make_model()
-    path = split_path(tmp_path, 4, shared=1)
-    assert path == tmp_path / "experts_4_shared_1.safetensors"
-    assert split_path(tmp_path / "dit.safetensors", 8) == tmp_path / "dit.experts_8.safetensors"
-    again = copy.deepcopy(model)
-    save_split(split_experts(model, 4, 1), path)
-    assert path.stat().st_size < sum(p.nbytes for p in again.stack.blocks[0].parameters())
-    apply_split(again, load_split(path))
-    for one in (model, again):
-        attach(one, routed(ExpertRouting(top_k=2)))
-    outputs = [one(noise, 500.0, one.condition(inputs)) for one in (model, again)]
-    assert torch.equal(*outputs)
-
-
-def test_bad_split_files_are_named(make_model, tmp_path):
-    other = make_model(replace(TINY, feed_forward_width=64))
-    save_split(plan_split(other, 4), tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"96 neurons of 3 feed-forwards.*anew"):
-        apply_split(make_model(), load_split(tmp_path / "other.safetensors"))
-    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-9])
-    for name, split in (("deep", "[" * 99_999), ("none", "{}"), ("many", '{"layers": 1000000000, "shared": 0}')):
-        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"format": FORMAT, "split": split})
-        with pytest.raises(CheckpointError, match=r"damaged|JSON"):
-            load_split(tmp_path / f"{name}.safetensors")
-    for name, message in (("foreign", "no file of split"), ("damaged", "damaged"), ("absent", "not there")):
-        with pytest.raises(CheckpointError, match=message):
-            load_split(tmp_path / f"{name}.safetensors")
-
-
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: check_routing(TINY, ExpertRouting(), 5), "split_experts=5 .* 96 neurons.*2, 3, 4, 6"),
-        (lambda: check_routing(TINY, ExpertRouting(), 1), "split_experts=1"),
-        (lambda: check_routing(TINY, ExpertRouting(), 4, 4), "shared=4 of 4"),
-        (lambda: check_routing(TINY, ExpertRouting(top_k=5), 4), "top_k=5 with 4 experts.*1 to 4"),
-        (lambda: check_routing(TINY, ExpertRouting(top_k=1), 4, 1), "top_k=1 with 4.*2 to 4"),
-        (lambda: check_routing(TINY, ExpertRouting(top_k=2)), "Not applicable.*dense.*split_experts=8"),
-        (lambda: check_routing(MOE, ExpertRouting(), 4), "split_experts=4.*4 experts already"),
+        (lambda: check_split(96, 5), "experts=5 .* 96 neurons.*2, 3, 4, 6"),
+        (lambda: check_split(96, 1), "experts=1"),
+        (lambda: check_routing(MOE, ExpertRouting(top_k=5)), "top_k=5 with 4 experts.*1 to 4"),
+        (lambda: check_routing(TINY, ExpertRouting(top_k=2)), "Not applicable.*dense.*research split"),
         (lambda: replace(TINY, num_experts=4, top_k=5), "top_k=5 with 4 experts"),
         (lambda: replace(TINY, num_experts=4, top_k=0), "top_k=0"),
-        (lambda: replace(TINY, num_experts=4, gate_over="some"), "gate_over='some'.*chosen, all"),
+        (lambda: replace(TINY, num_experts=4, gate_over="some"), "gate_over='some'.*chosen, all, none"),
         (lambda: ExpertRouting(top_k=0), "top_k=0"),
         (lambda: ExpertRouting(expert_capacity=0), "expert_capacity=0"),
         (lambda: ExpertRouting(overflow="lose"), "overflow='lose'.*spill"),
@@ -472,7 +415,7 @@ def test_bad_split_files_are_named(make_model, tmp_path):
         (lambda: ExpertRouting(gate_dropout=1.0), "gate_dropout=1.0"),
         (lambda: routed(ExpertRouting(top_k=2))(S2VTransformer(TINY)).__enter__(), "Not applicable"),
         (lambda: routed(ExpertRouting(top_k=5))(S2VTransformer(MOE)).__enter__(), "top_k=5 with 4 experts"),
-        (lambda: plan_split(S2VTransformer(TINY), 7), "split_experts=7 does not divide"),
+        (lambda: plan_split(S2VTransformer(TINY), 7), "experts=7 does not divide"),
         (lambda: plan_split(S2VTransformer(MOE), 4), "4 experts already"),
         (lambda: gate_losses(S2VTransformer(MOE)), "training mode"),
     ],
@@ -482,26 +425,18 @@ def test_mistakes_are_named(make, message):
         make()
 
 
-def test_a_model_is_split_once(make_model):
-    model = make_model()
-    split = split_experts(model, 4)
-    for again in (lambda: split_experts(model, 4), lambda: apply_split(model, split)):
-        with pytest.raises(ConfigError, match="3 feed-forwards of this model have experts already"):
-            again()
-
-
 def test_settings_survive_json_and_fit():
     routing = ExpertRouting(top_k=4, expert_capacity=256, overflow="drop", gate_dropout=0.1, gate_dropout_seed=3)
     assert ExpertRouting.from_dict(json.loads(json.dumps(routing.to_dict()))) == routing
     check_routing(TINY, ExpertRouting())
-    check_routing(TINY, routing, 8, 1)
     check_routing(MOE, routing)
 
 
 def test_what_people_are_told():
     released = S2VModelConfig()
-    assert "Not applicable" in describe_experts(released) and "split_experts=8" in describe_experts(released)
-    assert "1728 of 13824 neurons" in describe_experts(released, 8)
+    assert "Not applicable" in describe_experts(released) and "research split" in describe_experts(released)
+    parts = replace(released, num_experts=8, top_k=8, feed_forward_width=1728, gate_over="none")
+    assert "parts of a dense layer" in describe_experts(parts) and "1728 wide" in describe_experts(parts)
     assert "4 learned experts" in describe_experts(MOE) and "sees 2" in describe_experts(MOE)
 
 
@@ -516,18 +451,23 @@ def write_folder(model: S2VTransformer, folder) -> None:
     (folder / "config.json").write_text(json.dumps(names.official_dit_config(model.config)))
 
 
-@pytest.mark.parametrize("change", [{}, {"gate_over": "all", "num_experts": 3, "top_k": 1}])
+@pytest.mark.parametrize(
+    "change", [{}, {"gate_over": "all", "num_experts": 3, "top_k": 1}, {"gate_over": "none"}, {"gate_probes": 5}]
+)
 def test_native_checkpoints_survive_the_official_layout(change, make_model, make_inputs, tmp_path):
     config = replace(MOE, **change)
     model, (inputs, noise) = make_model(config), make_inputs(config)
     write_folder(model, tmp_path / "moe")
     part = find_part(tmp_path / "moe", names.DIT)
-    wanted = {"gate.weight"} | {
+    gate = ("weight", "bias", "readout", "offset") if config.gate_probes else ("weight",)
+    wanted = {f"gate.{name}" for name in gate} | {
         f"experts.{expert}.{place}.{kind}"
         for expert in range(config.num_experts)
         for place in (0, 2)
         for kind in ("weight", "bias")
     }
+    if config.gate_over == "none":
+        wanted = {name for name in wanted if not name.endswith("2.bias")} | {"bias"}
     start = "blocks.1.ffn."
     assert {name.removeprefix(start) for name in part.weights.entries if name.startswith(start)} == wanted
     settings = json.loads((tmp_path / "moe" / "config.json").read_text())
@@ -542,7 +482,7 @@ def test_native_checkpoints_survive_the_official_layout(change, make_model, make
 
 
 def test_dense_config_names_no_experts():
-    assert not {"num_experts", "top_k", "gate_over"} & set(names.official_dit_config(TINY))
+    assert not {"num_experts", "top_k", "gate_over", "gate_probes"} & set(names.official_dit_config(TINY))
 
 
 def test_a_file_that_does_not_say_top_k_is_refused(make_model, tmp_path):

@@ -202,7 +202,7 @@ def test_every_card_can_work_in_parts(fresh_seed):
         plan = AccelerationPlan(vae="float32")
         loading = LoadPlan(PRECISIONS["bfloat16"], torch.device(device), acceleration=plan)
         vae = random_vae(fresh_seed)
-        loading.finish(VAE, vae, "")
+        loading.finish(VAE, vae)
         assert vae.works_in_parts == is_fast and loading.vae_way == (LIBRARY_32 if is_fast else PLAIN)
         if is_fast:
             assert vae.network.compute_dtype == torch.float32 and vae.network.kind is LibraryStream

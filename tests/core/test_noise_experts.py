@@ -243,33 +243,19 @@ def test_routing_and_load_are_of_both(tiny_checkpoint, tiny_maker, tmp_path, job
     assert all(sum(load.chosen) == 2 * load.tokens for load in loads)
 
 
-def test_both_are_split(video_of, tiny_checkpoint, other_checkpoint, single_file, tmp_path):
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    expert = Path(shutil.copy(single_file, tmp_path))
-    whole, split = (
-        video_of(checkpoint, f"split{experts}", noise_expert=expert, split_experts=experts).int() for experts in (0, 8)
-    )
-    assert (whole - split).abs().max() <= 1
-    assert (checkpoint / "experts_8.safetensors").is_file() and (tmp_path / "low.experts_8.safetensors").is_file()
-
-
 def test_keys_know_the_second_file_and_the_boundary(tiny_checkpoint, other_checkpoint, watched, job, tmp_path):
     def key(paths, config=CONFIG, loading=watched.loading):
         return clip_keys(job, config, None, paths, loading)[0]
 
     single = {name: path for name, path in watched.paths.items() if name != LOW_NOISE_DIT}
     copied = watched.paths | {LOW_NOISE_DIT: Path(shutil.copytree(other_checkpoint, tmp_path / "copy"))}
-    split = plan_loading("auto", CPU, 8)
     keys = [
         key(watched.paths),
         key(watched.paths, replace(CONFIG, noise_boundary=0.8)),
         key(watched.paths | {LOW_NOISE_DIT: tiny_checkpoint}),
         key(copied),
-        key(copied, loading=split),
         key(single, replace(CONFIG, noise_boundary=None)),
     ]
-    (tmp_path / "copy" / "experts_8.safetensors").write_bytes(b"a split of the second model")
-    keys.append(key(copied, loading=split))
     assert len(set(keys)) == len(keys) and key(watched.paths) == keys[0]
 
 

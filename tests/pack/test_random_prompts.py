@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("server_lives")
 
 PROMPTS = 50
 EMBEDDED, DENSE = "embedded demo", "Dense (folder)"
-EXPERTS, SPLITS = 8, (0, 2, 8, 16)
-"""Those of the embedded model, and numbers that the dense one can be split into."""
+EXPERTS = 8
+"""Of the embedded model."""
 VOICE, PICTURE, FILM = "chance.wav", "chance.png", "chance.mp4"
 WIDGETS = ("INT", "FLOAT", "COMBO", "BOOLEAN", "STRING")
 SIDES = (64, 64, 64, 64, 80)
@@ -88,8 +88,7 @@ def valid_changes(chance: random.Random, schemas: dict, demo: dict) -> dict:
     nodes = [inputs_of(schemas[node["class_type"]]) for node in demo.values()]
     known = {name: entry for inputs in nodes for name, entry in inputs.items() if entry[0] in WIDGETS}
     made = {name: QUICK[name](chance) if name in QUICK else any_value(chance, *known[name][:2]) for name in known}
-    made["split_experts"] = chance.choice(SPLITS) if made["checkpoint"] == DENSE else 0
-    made["moe_top_k"] = chance.randint(0, made["split_experts"] or EXPERTS)
+    made["moe_top_k"] = chance.randint(0, EXPERTS)
     if made["keep_clips"]:
         made["format"] = "lossless-mkv"  # two of h264 differ in bits when the cores are busy
     if made["moe_overflow"] == "drop":
@@ -108,7 +107,7 @@ def test_valid_prompts_make_videos(number, luck, schemas, demo, graph, film, run
     changes = valid_changes(luck, schemas, demo)
     print(changes)
     shown = film(graph(**changes))
-    if changes["keep_clips"] and not changes["split_experts"]:  # the sampler runs again, and finds its clips
+    if changes["keep_clips"]:  # the sampler runs again, and finds its clips
         ended = run(graph(**changes | {"offload": "always" if changes["offload"] == "auto" else "auto"}))
         assert ended.status == "success" and not ended.previews, "nothing was sampled"
         again = watch(comfy.videos(ended)[-1])

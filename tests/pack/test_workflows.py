@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,22 +235,6 @@ def test_a_pair_of_models_gives_the_video_of_the_command_line(
     command += [word for flag, value in words.items() for word in (f"--{flag}", str(value))]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert np.array_equal(watch(tmp_path / "pair.mkv").pictures, mixed.pictures)
-
-
-def test_a_split_that_was_made_anew_is_loaded(graph, film, comfy, dense_checkpoint, new_seed):
-    """While the server has the model in memory with another split: the file beside it has changed."""
-    file = comfy.base / "models" / "diffusion_models" / "Dense" / "experts_4.safetensors"
-    common = {"checkpoint": dense_checkpoint, "split_experts": 4, "moe_top_k": 2, "format": "lossless-mkv"}
-    seed = new_seed()
-    first = film(graph(**common, seed=seed))
-    tensors = load_file(file)
-    with safe_open(file, framework="pt") as opened:
-        about = opened.metadata()
-    worst_first = {name: -value if name.endswith((".readout", ".offset")) else value for name, value in tensors.items()}
-    save_file(worst_first, file, about)
-    film(graph(**common, seed=new_seed()))  # the first one's result is in ComfyUI's cache
-    again = film(graph(**common, seed=seed))
-    assert not np.array_equal(again.pictures, first.pictures)
 
 
 def test_start_from_picture_begins_with_it(own, graph, run, comfy, watch, new_seed):

@@ -4,10 +4,10 @@ PyTorch hands a 3D convolution of one small video to its slowest CPU kernel; a 2
 oneDNN. Stacking the frames that a kernel sees as channels turns the one into the other, exactly up to rounding.
 """
 
-from types import MethodType
-
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..private_torch import set_convolution
 
 
 def flat_convolution(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,4 +27,4 @@ def flatten_convolutions(network: nn.Module) -> None:
         if not isinstance(layer, nn.Conv3d) or layer.dilation != (1, 1, 1) or layer.groups > 1:
             continue
         if not layer.padding[0] and (layer.padding_mode == "zeros" or not any(layer.padding)):
-            layer._conv_forward = MethodType(flat_convolution, layer)
+            set_convolution(layer, flat_convolution)

@@ -11,8 +11,9 @@ from ..model.audio import AudioInjector
 from ..model.block import Block, FeedForward
 from ..model.dit import S2VTransformer
 from ..model.pointwise import Activations, Pointwise
+from ..private_torch import has_hooks, product_with_gelu
 from ..seams import BlockContext, Technique, replaced
-from .kernels import kernels_work
+from .kernels.trial import kernels_work
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,7 @@ class FusedPointwise(Pointwise):
             return super().activated(linear, x)
         rows8 = self.rows8.get("activated")
         if self.gelu_in_product and not rows8 and multiplies_plainly(linear, x):
-            out = torch.ops.aten._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
-            return out.unflatten(0, x.shape[:-1])
+            return product_with_gelu(x.flatten(0, -2), linear).unflatten(0, x.shape[:-1])
         hidden = linear(x)
         if rows8 and serves(hidden):
             from .kernels.rows8 import quantize
@@ -146,7 +146,7 @@ def are_interpreted() -> bool:
 
 def multiplies_plainly(linear: nn.Module, x: Activations) -> bool:
     """Whether a layer is an ordinary product of half-precision tensors on a card, with nothing hooked to it."""
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or linear.bias is None:
+    if type(linear) is not nn.Linear or has_hooks(linear) or linear.bias is None:
         return False
     return isinstance(x, Tensor) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 

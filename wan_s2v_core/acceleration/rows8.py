@@ -4,12 +4,7 @@ import torch
 from torch import Tensor
 
 from ..seams import Rows8
-from .kernels import kernels_work
-
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""8-bit types for activations and their largest number."""
-FAINTEST = 2.0**-100
-"""A row whose values are all below this, such as one of zeros, is scaled as if this were its largest."""
+from .kernels.trial import kernels_work
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows8:
@@ -22,7 +17,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows8:
         x: B L E, or any number of leading dimensions.
         dtype: float8_e4m3fn or int8.
     """
-    assert dtype in LARGEST
+    assert dtype in Rows8.LARGEST
     if kernels_work(x.device) and x.shape[-1] > 1:
         from .kernels.rows8 import quantize
 
@@ -32,9 +27,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows8:
 
 def quantize_plain(x: Tensor, dtype: torch.dtype) -> Rows8:
     """`quantize_rows` in torch's own steps."""
-    limit, wide = LARGEST[dtype], x.float()
+    limit, wide = Rows8.LARGEST[dtype], x.float()
     largest = wide.abs().amax(dim=-1, keepdim=True)
-    largest = torch.where(largest < FAINTEST, FAINTEST, largest)
+    largest = torch.where(largest < Rows8.FAINTEST, Rows8.FAINTEST, largest)
     values = wide * (limit / largest)
     values = values.nan_to_num().round() if dtype == torch.int8 else values
     return Rows8(values.to(dtype), largest / limit, x.dtype)

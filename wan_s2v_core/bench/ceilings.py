@@ -16,6 +16,7 @@ from torch import Tensor
 from ..acceleration.attention.registry import Setting
 from ..acceleration.quantization.linear8 import has_triton, product8
 from ..config import S2VModelConfig
+from ..private_torch import integer_product, scaled_product
 from .engine import attention_kernels
 from .flops import ForwardFlop
 from .measure import Call, interleaved, now, release
@@ -209,12 +210,12 @@ def product_call(products: str, tokens: int, inner: int, outer: int, device: tor
     if products == "int8":
         rows, weight = (torch.randint(-127, 128, t.shape, device=device, dtype=torch.int8) for t in (rows, weight))
         if device.type != "cuda" or not has_triton():
-            return lambda: torch._int_mm(rows, weight.t())
+            return lambda: integer_product(rows, weight)
         row_scale, scale = (torch.ones(n, 1, device=device) for n in (tokens, outer))
         return lambda: product8(rows, row_scale, weight, scale, None, torch.bfloat16)  # faster than torch's
     scales = [torch.ones(n, device=device) for n in (tokens, outer)]
     rows, weight = rows.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-    return lambda: scaled_product(rows, weight, scales[0][:, None], scales[1][None])
+    return lambda: scaled_product(rows, weight, scales[0][:, None], scales[1][None])  # summed up fast
 
 
 def tf32_product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -225,10 +226,3 @@ def tf32_product(rows: Tensor, weight: Tensor) -> Tensor:
         return F.linear(rows, weight)
     finally:
         flags.allow_tf32 = before
-
-
-def scaled_product(rows: Tensor, weight: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
-    """float8 times float8 with one scale per row and column, summed up fast."""
-    return torch._scaled_mm(
-        rows, weight.t(), scale_a=row_scales, scale_b=column_scales, out_dtype=torch.bfloat16, use_fast_accum=True
-    )

@@ -137,7 +137,7 @@ def random_network(kind: str, config: Any, loading: LoadPlan, home: torch.device
     """One network as loading would make it, but with random weights, which are drawn where it computes."""
     network = meta_network(kind, config, loading)
     fill_random(network, SEED, loading.dtype(kind), loading.device)
-    loading.finish(kind, network, Path())
+    loading.finish(kind, network)
     if kind == TEXT_ENCODER:
         network.tokenizer = lambda text: [*(3 + ord(letter) % 256 for letter in text), END_OF_TEXT]
     return network.to(home or loading.device)
@@ -148,7 +148,7 @@ def build_network(kind: str, source: ModelSource, loading: LoadPlan, home: torch
     if not source.path:
         return random_network(kind, source.config(kind), loading, home)
     network = load(source.path, kind, loading.dtype(kind), home or loading.device, loading.prepare(kind))
-    loading.finish(kind, network, source.path)
+    loading.finish(kind, network)
     return network
 
 

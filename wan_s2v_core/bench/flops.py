@@ -100,7 +100,7 @@ def forward_flop(config: S2VModelConfig, shape: ForwardShape, kept: float = 1.0)
     embeddings = noisy * 2 * patch * e + noisy * 2 * e * patch  # in, and the head out
     embeddings += noisy * 2 * PATCH * PATCH * config.pose_channels * e
     embeddings += 2 * (2 * config.time_width * e + 2 * e * e + 2 * e * 6 * e)  # two moments: noisy and still tokens
-    gates = blocks * tokens * 2 * e * config.num_experts
+    gates = blocks * tokens * 2 * e * config.num_experts * max(1, config.gate_probes)
     dense = blocks * 4 * tokens**2 * e
     return ForwardFlop(
         attention=kept * dense,

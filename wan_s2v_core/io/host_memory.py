@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says what a container may use."""
 
 
 def free_ram_bytes() -> int:
     """Main memory that can be taken without anything being swapped out."""
-    import psutil  # comes with accelerate
-
     free = psutil.virtual_memory().available
     try:
         most, now = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

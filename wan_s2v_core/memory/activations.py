@@ -238,7 +238,7 @@ class Phases:
 
     def feed_forward(self) -> int:
         config, n, b = self.config, self.at_once, self.way.dtype_bytes
-        hidden = b * config.feed_forward_width
+        hidden = b * config.feed_forward_width * (config.top_k if config.num_experts else 1)  # more than experts take
         if not self.way.fused:
             new = 0 if self.is_sliced else self.wide
             return self.held + self.keys + n * (new + self.row + max(2 * hidden, hidden + self.row))

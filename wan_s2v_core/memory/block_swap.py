@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..config import OffloadPlan
 from .home import PackedLayer
 
 log = logging.getLogger(__name__)
@@ -225,6 +226,7 @@ class BlockSwap:
             lane.end()
 
 
-def spread(count: int, chosen: int) -> list[int]:
-    """`chosen` of `count` numbers, as evenly as can be."""
-    return [(2 * i + 1) * count // (2 * chosen) for i in range(chosen)]
+def residents(count: int, plan: OffloadPlan) -> list[int]:
+    """Which of `count` blocks stay on the device under a plan, by index: as evenly spread as can be."""
+    stay = min(plan.resident_layers, count) if plan.swaps else count
+    return [(2 * i + 1) * count // (2 * stay) for i in range(stay)]

@@ -10,6 +10,7 @@ from ..model.audio_encoder import SPEECH_FEATURE_HZ
 from ..model.long_speech import WINDOWS, Windows
 from ..model.vae_parts import VaeParts
 from .activations import ClipShape, ForwardWay, activation_bytes, gap_bytes
+from .block_swap import residents
 from .placement import Placement
 from .vae_room import PLAIN, VaeWay, VaeWork, peak_bytes, tile_sizes
 
@@ -107,9 +108,9 @@ class Sizes:
         """What is there under a plan."""
         if plan.resident_layers is None:
             return self.whole
-        kept = min(plan.resident_layers, len(self.blocks))
-        stays = list(self.blocks[:kept])
-        moving = [self.blocks[kept:]]
+        kept = residents(len(self.blocks), plan)
+        stays = [self.blocks[i] for i in kept]
+        moving = [tuple(size for i, size in enumerate(self.blocks) if i not in kept)]
         for keeps, layers in ((plan.keeps_injectors, self.injectors), (plan.keeps_seldom, self.seldom)):
             stays += layers if keeps else ()
             moving.append(() if keeps else layers)
@@ -142,7 +143,7 @@ class Planned:
         """The plan as a person reads it."""
         plan, told = self.plan, [f"{self.bytes / 1e9:.1f} GB"]
         if plan.resident_layers is not None:
-            told.append(f"{min(plan.resident_layers, len(sizes.blocks))} of {len(sizes.blocks)} layers stay")
+            told.append(f"{len(residents(len(sizes.blocks), plan))} of {len(sizes.blocks)} layers stay")
         if plan.slice_tokens is not None:
             told.append(f"{plan.slice_tokens} tokens at once")
         if plan.tile_px is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..private_torch import tensor_dicts
 from .upload import Upload
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Place:
 def places_in(module: nn.Module) -> Iterator[Place]:
     """All parameters and buffers of a module; one that is held twice comes twice."""
     for part in module.modules():
-        for holder in (part._parameters, part._buffers):
+        for holder in tensor_dicts(part):
             yield from (Place(holder, name, held, held.data) for name, held in holder.items() if held is not None)
 
 
@@ -115,12 +116,16 @@ class PackedLayer:
         first, end = self.memory.data_ptr(), self.memory.data_ptr() + self.bytes
         return all(first <= place.data.data_ptr() < end for place in self.places)
 
-    def settle(self) -> None:
-        """Take down what the layer holds now, which may be other tensors than before."""
-        if self.memory is None:
-            self._measure()
-        else:
-            self.pack()
+    def take_down(self) -> None:
+        """Take down anew what the layer holds at home. Where that has changed, it lies apart until packed again."""
+        if not self.is_packed:
+            self._let_memory_go()
+        self._measure()
+
+    def _let_memory_go(self) -> None:
+        if self.unlock is not None:
+            self.unlock()
+        self.memory = None
 
     @torch.inference_mode(False)  # what is kept must serve outside of it as well
     def pack(self) -> None:
@@ -131,8 +136,7 @@ class PackedLayer:
         memory = torch.empty(self.bytes, dtype=torch.uint8)
         for view, place in zip(self.views(memory), self.places, strict=True):
             place.put(view.copy_(place.data))
-        if self.unlock is not None:
-            self.unlock()
+        self._let_memory_go()
         self.memory = memory
         self._measure()
 

@@ -35,7 +35,7 @@ class Loading(Protocol):
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
 
-    def finish(self, kind: str, network: nn.Module, path: str | Path) -> None: ...
+    def finish(self, kind: str, network: nn.Module) -> None: ...
 
 
 class Networks(Protocol):
@@ -97,9 +97,9 @@ def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, chec
         return arrived
 
     network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch)
-    loading.finish(kind, network, path)
+    loading.finish(kind, network)
     placement = placements[0] if packs else Placement(network)  # finishing may have changed its layers
-    placement.settle()
+    placement.take_down()
     return placement
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,8 @@ from ..config import OffloadPlan
 from ..io.maps import is_mapped
 from ..model.dit import S2VTransformer
 from ..model.text_encoder import TextEncoder
-from .block_swap import BlockSwap, Lane, new_memory, spread
-from .home import Home, PackedLayer
+from .block_swap import BlockSwap, Lane, new_memory, residents
+from .home import Home, PackedLayer, places_in
 from .upload import Upload
 
 Check = Callable[[], None]
@@ -25,7 +24,7 @@ class LayerLists:
     """What of a network can be away while other parts compute."""
 
     blocks: Sequence[nn.Module] = ()
-    """Of one size, in the order in which they compute."""
+    """In the order in which they compute."""
     injectors: Sequence[nn.Module] = ()
     """Of one size, in order, three or four blocks apart: time enough to fetch the next into the place of the last."""
     seldom: Sequence[nn.Module] = ()
@@ -52,6 +51,8 @@ def layer_lists(network: nn.Module) -> LayerLists:
 class Placement:
     """Where a network is. Its home is main memory, on a device it is for a stage.
 
+    What others put into the network or take out of it travels with it from the next `send` on.
+
     Args:
         network: in main memory, with weights by the time it is placed.
     """
@@ -61,15 +62,21 @@ class Placement:
         self.layers = {module: PackedLayer(module) for module in self.lists.all}
         self.device_bytes = 0
         """Of the weights that are on a device now, slots of those that come and go not counted."""
+        self.sent: list[Tensor] | None = None
+        """What the network held when it had been sent; None at home."""
+        self._take_down_others()
 
-    @cached_property
-    def home(self) -> Home:
+    def _take_down_others(self) -> None:
+        self.home = Home(self.network, apart=[*self.layers, *self.lists.tables])
         """All that is in no layer."""
-        return Home(self.network, apart=[*self.layers, *self.lists.tables])
+        self.tables = Home(nn.ModuleList(self.lists.tables))
 
-    @cached_property
-    def tables(self) -> Home:
-        return Home(nn.ModuleList(self.lists.tables))
+    def take_down(self) -> None:
+        """Take down anew what the network holds and where, if it is at home."""
+        if self.sent is None:
+            for layer in self.layers.values():
+                layer.take_down()
+            self._take_down_others()
 
     def packer(self, let_go: Callable[[], None]) -> Callable[[str], None]:
         """What packs each layer as soon as the last of its parameters has come; called with their names.
@@ -92,11 +99,6 @@ class Placement:
                         let_go()
 
         return arrived
-
-    def settle(self) -> None:
-        """The network is what it will be: take down where its tensors are."""
-        for layer in self.layers.values():
-            layer.settle()
 
     def pack(self) -> None:
         """Put each layer into one piece of memory, from which it crosses to a card fastest."""
@@ -147,11 +149,14 @@ class Placement:
 
     def send(self, device: torch.device, plan: OffloadPlan = EVERYTHING, check: Check | None = None) -> None:
         """Bring what stays on a device under a plan there: all of it, or what does not come and go."""
-        if not plan.swaps and self.bytes_on(device):
+        if not plan.swaps and self.bytes_on(device) and not self._has_changed():
             return
+        self.take_back()
+        self.take_down()
         _, resident = self.lanes(plan)
         if plan.swaps and plan.locks:
             self.pack()
+        self.sent = []
         with Upload(device, check) as upload:
             self.home.send(upload)
             if not plan.swaps:
@@ -162,14 +167,21 @@ class Placement:
                 layer.bind(memory)
         self.device_bytes = sum(layer.bytes for layer in resident) + self.home.bytes
         self.device_bytes += 0 if plan.swaps else self.tables.bytes
+        self.sent = held_by(self.network)
+
+    def _has_changed(self) -> bool:
+        """Whether others have put something into a network that is on a device, or taken something out of it."""
+        return self.sent is not None and [*map(id, self.sent)] != [*map(id, held_by(self.network))]
 
     def take_back(self) -> None:
         """All of it is at home again; copies elsewhere are freed."""
+        if self.sent is None:
+            return
         for layer in self.layers.values():
             layer.bind(None)
         self.home.take_back()
         self.tables.take_back()
-        self.device_bytes = 0
+        self.device_bytes, self.sent = 0, None
 
     def lanes(self, plan: OffloadPlan) -> tuple[list[Lane], list[PackedLayer]]:
         """What moves while the network computes, and what stays on the device."""
@@ -179,8 +191,8 @@ class Placement:
             [self.layers[module] for module in modules]
             for modules in (self.lists.blocks, self.lists.injectors, self.lists.seldom)
         )
-        stays = set(spread(len(blocks), min(plan.resident_layers, len(blocks))))
-        resident = [blocks[i] for i in sorted(stays)]
+        stays = residents(len(blocks), plan)
+        resident = [blocks[i] for i in stays]
         moving = [[block for i, block in enumerate(blocks) if i not in stays]]
         for keeps, layers in ((plan.keeps_injectors, injectors), (plan.keeps_seldom, seldom)):
             resident += layers if keeps else []
@@ -189,6 +201,11 @@ class Placement:
             return lanes_with([Lane([layer for layers in moving for layer in layers], 1, looks_ahead=False)]), resident
         ahead, between, seldom = moving
         return lanes_with([Lane(ahead, plan.slots), Lane(between, 1), Lane(seldom, 1, looks_ahead=False)]), resident
+
+
+def held_by(network: nn.Module) -> list[Tensor]:
+    """All tensors of a network, in order."""
+    return [place.tensor for place in places_in(network)]
 
 
 def lanes_with(lanes: list[Lane]) -> list[Lane]:

@@ -6,19 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import S2VModelConfig
+from ..config import UNWEIGHTED, S2VModelConfig
 from ..seams import BlockContext
 from .attention import CrossAttention, SelfAttention
-from .experts import Gate, RoutedFeedForward
+from .experts import Gate, ProbeGate, RoutedFeedForward
 from .pointwise import Activations, Pointwise
 
 
 class FeedForward(nn.Module):
     """Two products with a tanh-GELU between them."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, has_bias: bool = True):
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=has_bias)
         self.pointwise = Pointwise()
 
     def forward(self, x: Activations) -> Tensor:  # B L E
@@ -27,10 +27,13 @@ class FeedForward(nn.Module):
 
 def make_feed_forward(config: S2VModelConfig) -> FeedForward | RoutedFeedForward:
     """A block's feed-forward: one, or experts of which a gate chooses some for each token."""
-    if not config.num_experts:
-        return FeedForward(config.width, config.feed_forward_width)
-    experts = [FeedForward(config.width, config.feed_forward_width) for _ in range(config.num_experts)]
-    return RoutedFeedForward(experts, Gate(config.width, config.num_experts), config.top_k, config.gate_over)
+    width, hidden, count = config.width, config.feed_forward_width, config.num_experts
+    if not count:
+        return FeedForward(width, hidden)
+    are_parts = config.gate_over == UNWEIGHTED
+    experts = [FeedForward(width, hidden, has_bias=not are_parts) for _ in range(count)]
+    gate = ProbeGate(width, count, config.gate_probes) if config.gate_probes else Gate(width, count)
+    return RoutedFeedForward(experts, gate, config.top_k, config.gate_over, torch.zeros(width) if are_parts else None)
 
 
 class BlockRows(NamedTuple):

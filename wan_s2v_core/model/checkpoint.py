@@ -86,7 +86,7 @@ DIT_RULES: Rules = (  # ours -> official
     (r"^(blocks\.\d+)\.attention\.", r"\1.self_attn."),
     (r"^(blocks\.\d+)\.cross_attention\.", r"\1.cross_attn."),
     (r"^(blocks\.\d+)\.cross_norm\.", r"\1.norm3."),
-    (r"^(blocks\.\d+)\.feed_forward\.gate\.", r"\1.ffn.gate."),
+    (r"^(blocks\.\d+)\.feed_forward\.(gate\.|bias$)", r"\1.ffn.\2"),
     (r"^(blocks\.\d+)\.feed_forward\.(experts\.\d+\.|)up\.", r"\1.ffn.\g<2>0."),
     (r"^(blocks\.\d+)\.feed_forward\.(experts\.\d+\.|)down\.", r"\1.ffn.\g<2>2."),
     (r"^((?:blocks|audio_injector)\..*)\.out\.", r"\1.o."),
@@ -110,8 +110,8 @@ DIT_SETTINGS = {  # ours -> official config.json
     "zero_timestep": "zero_timestep",
     "eps": "eps",
 }
-EXPERT_SETTINGS = {"num_experts": "num_experts", "top_k": "top_k", "gate_over": "gate_over"}
-"""More of them, in the config.json of a native MoE-DiT only. No released checkpoint is one; the spelling is ours."""
+EXPERT_SETTINGS = {name: name for name in ("num_experts", "top_k", "gate_over", "gate_probes")}
+"""More of them, in the config.json of a model with experts only. None is released; the spelling is ours."""
 FIXED_SETTINGS = {  # what other values in an official config.json would change is not built
     "add_last_motion": True,
     "enable_motioner": False,

@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ExpertRouting, JsonConfig
+from ..config import UNWEIGHTED, ExpertRouting, JsonConfig
 
 ROWS_AT_ONCE = 4096
 """Tokens of which float32 copies are held while they are scored or added up."""
-UNWEIGHTED = "none"
-"""Besides `config.GATE_RANGES`: every chosen expert counts in full, as the parts of a split dense layer must."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +111,37 @@ class Gate(nn.Linear):
             return torch.cat([F.linear(rows.float(), self.weight.float()) for rows in x.split(ROWS_AT_ONCE)])
 
 
+class ProbeGate(nn.Module):
+    """Scores of experts from the activations of a few neurons of each: readout @ |gelu(probes)| + offset. After CMoE
+    (arXiv 2502.04416); the formula is our own."""
+
+    def __init__(self, width: int, num_experts: int, probes: int):
+        super().__init__()
+        seen = num_experts * probes
+        self.weight, self.bias = nn.Parameter(torch.zeros(seen, width)), nn.Parameter(torch.zeros(seen))
+        self.readout = nn.Parameter(torch.zeros(num_experts, seen))
+        self.offset = nn.Parameter(torch.zeros(num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:  # L E -> L X
+        return torch.cat([self.score(rows) for rows in x.split(ROWS_AT_ONCE)])
+
+    def score(self, x: Tensor) -> Tensor:
+        seen = probe_features(F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)))
+        return F.linear(seen.float(), self.readout.float(), self.offset.float())
+
+
+def probe_features(before: Tensor) -> Tensor:
+    """What the gate sees of neurons, given their values before the activation."""
+    return F.gelu(before, approximate="tanh").abs()
+
+
 class RoutedFeedForward(nn.Module):
     """Experts and a gate. `routing` is set from outside; `apply_experts` is the seam for faster products.
 
     Args:
-        experts: modules from tokens to tokens. The first `shared` of them see every token, whatever the gate says.
-        gate: tokens L E -> logits L X of the experts that are not shared.
-        top_k: experts that a token sees, shared ones included, unless `routing` says otherwise.
+        experts: modules from tokens to tokens.
+        gate: tokens L E -> logits L X.
+        top_k: experts that a token sees, unless `routing` says otherwise.
         gate_over: chosen: weights are a softmax over the chosen experts. all: a softmax over all, of which those of
             the chosen are taken. none: weights are 1.
         bias: E, added for every token; for experts that are parts of a layer with one.
@@ -131,13 +153,12 @@ class RoutedFeedForward(nn.Module):
         gate: nn.Module,
         top_k: int,
         gate_over: str,
-        shared: int = 0,
         bias: Tensor | None = None,
     ):
         super().__init__()
         self.gate, self.experts = gate, nn.ModuleList(experts)
-        self.top_k, self.gate_over, self.shared = top_k, gate_over, shared
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.top_k, self.gate_over = top_k, gate_over
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.routing = ExpertRouting()
         self.apply_experts: ApplyExperts = apply_each
         self.load = ExpertLoad()
@@ -160,14 +181,12 @@ class RoutedFeedForward(nn.Module):
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits -> whether each token sees each expert, and how much that counts (None: in full). Both L X."""
-        top_k = (self.routing.top_k or self.top_k) - self.shared
-        scores = self.drop_choices(logits)
+        top_k, scores = self.routing.top_k or self.top_k, self.drop_choices(logits)
         taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k, dim=1).indices, True)
         taken &= scores.isfinite()
         self.record = GateRecord(logits, taken) if self.training else None
         if self.gate_over == UNWEIGHTED:
-            always = taken.new_ones(len(taken), self.shared)
-            return torch.cat([always, taken], dim=1), None
+            return taken, None
         if self.gate_over == "chosen":
             scores = scores.masked_fill(~taken, -torch.inf)
         return taken, scores.softmax(dim=1)
@@ -189,15 +208,14 @@ class RoutedFeedForward(nn.Module):
         """Who takes which tokens when. Both L X.
 
         The tokens of an expert come in their own order, `expert_capacity` at a time. Dropped tokens lose what the
-        expert would have added; the weights of their other experts stay as they are, as in GShard. Shared experts
-        drop nothing.
+        expert would have added; the weights of their other experts stay as they are, as in GShard.
         """
         counts = taken.sum(dim=0).tolist()
         limit, drops = self.routing.expert_capacity or len(taken), self.routing.overflow == "drop"
         expert, tokens = taken.T.nonzero(as_tuple=True)  # by expert, then by token
         chosen = tokens.split(counts)
         counted = [None] * len(counts) if weights is None else weights[tokens, expert].split(counts)
-        ends = [min(count, limit) if drops and index >= self.shared else count for index, count in enumerate(counts)]
+        ends = [min(count, limit) if drops else count for count in counts]
         overflow = tuple(max(0, count - limit) for count in counts)
         dropped = tuple(count - end for count, end in zip(counts, ends, strict=True))
         self.load += ExpertLoad(len(taken), tuple(counts), overflow, dropped)

@@ -1,1 +1,1 @@
-"""Experts: by noise level, and within the feed-forward, learned or split from a dense layer."""
+"""Experts: by noise level, and within the feed-forward, where a gate chooses them for each token."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...model.block import FeedForward
 from ...model.experts import Round, RoutedFeedForward, add_share, apply_each
+from ...private_torch import HAS_GROUPED_PRODUCT, grouped_product, has_hooks
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ tokens and 0.98 to 1.10 of it with 1,024; this lies between the two."""
 def multiply_grouped(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """One kernel for all experts (CUTLASS grouped GEMM)."""
     ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return torch._grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(rows.device, non_blocking=True))
+    return grouped_product(rows, weights, ends.to(rows.device, non_blocking=True))
 
 
 def multiply_padded(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -36,7 +37,7 @@ def multiply_padded(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
 
 def has_grouped_kernel(x: Tensor) -> bool:
     """Whether torch multiplies groups of such tokens in one kernel."""
-    if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")):
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and HAS_GROUPED_PRODUCT):
         return False
     return torch.cuda.get_device_capability(x.device) >= HOPPER and x.shape[1] % 8 == 0
 
@@ -46,7 +47,7 @@ def are_plain(experts: Sequence[nn.Module]) -> bool:
     if not all(type(expert) is FeedForward for expert in experts):
         return False
     linears = [linear for expert in experts for linear in (expert.up, expert.down)]
-    return all(type(one) is nn.Linear and not (one._forward_hooks or one._forward_pre_hooks) for one in linears)
+    return all(type(one) is nn.Linear and not has_hooks(one) for one in linears)
 
 
 def apply_grouped(

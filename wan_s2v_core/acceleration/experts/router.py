@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import LARGEST_SEED, ExpertRouting, S2VModelConfig, check_top_k
+from ...config import LARGEST_SEED, UNWEIGHTED, ExpertRouting, S2VModelConfig, check_top_k
 from ...errors import ConfigError
 from ...model.experts import ExpertLoad, RoutedFeedForward
 from ...seams import Technique, replaced
@@ -17,7 +17,7 @@ DENSE = (
     "Not applicable: this checkpoint is one dense DiT, as Wan2.2-S2V-14B was released. Its feed-forwards have no "
     "experts and no gate, so top_k, expert_capacity and gate_dropout do nothing."
 )
-WAY_OUT = "Split its feed-forwards (split_experts=8), or use a checkpoint that was trained with experts."
+WAY_OUT = "Use a checkpoint with experts; python -m wan_s2v_core.research split makes one of a dense one."
 
 
 def routed_layers(model: nn.Module) -> list[RoutedFeedForward]:
@@ -25,61 +25,29 @@ def routed_layers(model: nn.Module) -> list[RoutedFeedForward]:
     return [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
 
 
-def describe_experts(config: S2VModelConfig, split: int = 0, shared: int = 0) -> str:
-    """What experts a model has, in a sentence or two, for people.
-
-    Args:
-        split: into how many experts a dense checkpoint is to be split; 0 leaves it dense.
-        shared: how many of those every token sees.
-    """
-    width = config.feed_forward_width
-    if config.num_experts:
-        return (
-            f"{config.num_experts} learned experts in each of {config.blocks} feed-forwards, {width} wide each; "
-            f"a token sees {config.top_k}, weighted by a softmax over "
-            f"{'those' if config.gate_over == 'chosen' else 'all'}."
-        )
-    if not split:
+def describe_experts(config: S2VModelConfig) -> str:
+    """What experts a model has, in a sentence or two, for people."""
+    if not config.num_experts:
         return f"{DENSE} {WAY_OUT}"
-    always = f", {shared} of which every token sees" if shared else ""
+    kind = "learned experts" if config.gate_over != UNWEIGHTED else "experts, parts of a dense layer,"
+    among = {"chosen": ", weighted by a softmax over those", "all": ", weighted by a softmax over all"}
     return (
-        f"{split} experts split from each of {config.blocks} dense feed-forwards, {width // split} of {width} neurons "
-        f"each{always}. top_k={split} is the dense model up to rounding; fewer is approximate."
+        f"{config.num_experts} {kind} in each of {config.blocks} feed-forwards, {config.feed_forward_width} wide each; "
+        f"a token sees {config.top_k}{among.get(config.gate_over, ', which add up')}."
     )
 
 
-def check_routing(config: S2VModelConfig, routing: ExpertRouting, split: int = 0, shared: int = 0) -> None:
-    """Whether settings fit a checkpoint, before it is loaded. `split`, `shared`: as for `describe_experts`.
+def check_routing(config: S2VModelConfig, routing: ExpertRouting) -> None:
+    """Whether settings fit a checkpoint, before it is loaded.
 
     Raises:
         ConfigError: also if there are settings and the model has no experts.
     """
-    if split and config.num_experts:
-        raise ConfigError(
-            f"split_experts={split}: this checkpoint has {config.num_experts} experts already. Leave it at 0: only a "
-            "dense one can be split."
-        )
-    if split:
-        check_split(config.feed_forward_width, split, shared)
-    if not (experts := config.num_experts or split):
+    if not config.num_experts:
         if routing != ExpertRouting():
             raise ConfigError(f"{DENSE} {WAY_OUT}")
     elif routing.top_k is not None:
-        check_top_k(routing.top_k, experts, shared)
-
-
-def check_split(width: int, num_experts: int, shared: int = 0) -> None:
-    """Raises ConfigError if a feed-forward of that many neurons cannot be split so."""
-    if not 2 <= num_experts <= width or width % num_experts:
-        usable = ", ".join(str(number) for number in range(2, min(width, 64) + 1) if width % number == 0)
-        raise ConfigError(
-            f"split_experts={num_experts} does not divide the {width} neurons of a feed-forward into equal parts. "
-            f"Use one of: {usable}."
-        )
-    if not 0 <= shared < num_experts:
-        raise ConfigError(
-            f"shared={shared} of {num_experts} experts leaves the gate no choice. Use 0 to {num_experts - 1}."
-        )
+        check_top_k(routing.top_k, config.num_experts)
 
 
 def routed(routing: ExpertRouting) -> Technique:
@@ -97,7 +65,7 @@ def routed(routing: ExpertRouting) -> Technique:
         changes: list[tuple[Any, str, Any]] = []
         for index, layer in enumerate(layers):
             if routing.top_k is not None:
-                check_top_k(routing.top_k, len(layer.experts), layer.shared)
+                check_top_k(routing.top_k, len(layer.experts))
             seed = routing.gate_dropout_seed
             own = None if seed is None else (seed + index) % (LARGEST_SEED + 1)
             changes += [(layer, "routing", replace(routing, gate_dropout_seed=own)), (layer, "load", ExpertLoad())]

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...seams import Rows8
-from ..rows8 import LARGEST
 from .rows import load_part, on_device, store_part, store_row8, two_parts, without_rest
 
 NUM_WARPS, ROWS = 8, 4
@@ -138,6 +137,6 @@ def step(
                 x if out is None else out, x if scales is None else scales, norm.eps if norm else 0.0,
                 **two_parts(width), ROWS=rows, ADDS=y is not None, GATED=gate is not None, NORMS=norm is not None,
                 MOVES=moves, PLUS_ONE=moves and norm.plus_one, INDEXED=frame_index is not None,
-                LIMIT=LARGEST[norm.rows8] if norm and norm.rows8 else 0.0, num_warps=num_warps,
+                LIMIT=Rows8.LARGEST[norm.rows8] if norm and norm.rows8 else 0.0, num_warps=num_warps,
             )  # fmt: skip
     return Rows8(out, scales, norm.dtype) if norm and norm.rows8 else out

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows8 import FAINTEST
+from ...seams import Rows8
 
-SMALLEST_TOP = tl.constexpr(FAINTEST)
+SMALLEST_TOP = tl.constexpr(Rows8.FAINTEST)
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 """Adding and taking away this rounds a float32 below 2^22 to the nearest whole number, halves to the even one."""
 

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...seams import Rows8
-from ..rows8 import LARGEST
 from .rows import load_part, on_device, store_row8, two_parts
 
 TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 * sqrt(2 / pi)
@@ -45,6 +44,6 @@ def quantize(x: Tensor, dtype: torch.dtype, has_gelu: bool = False, num_warps: i
         with on_device(x):
             quantize_kernel[(len(rows),)](
                 rows, values, scales, rows.stride(0),
-                **two_parts(width), LIMIT=LARGEST[dtype], GELU=has_gelu, num_warps=num_warps,
+                **two_parts(width), LIMIT=Rows8.LARGEST[dtype], GELU=has_gelu, num_warps=num_warps,
             )  # fmt: skip
     return Rows8(values.view(x.shape), scales.view(*x.shape[:-1], 1), x.dtype)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...private_torch import scaled_product
 from ...seams import Rows8
-from ..kernels import kernels_work
+from ..kernels.trial import kernels_work
 from .linear8 import Linear8, Product8, check_rows, has_triton, largest_of_rows
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,7 @@ def multiply_emulated(rows: Rows8, layer: Linear8) -> Tensor:
 def multiply_scaled(rows: Rows8, layer: Linear8, fast: bool = FAST_ACCUMULATION) -> Tensor:
     """torch's product of rows with scales, all in one kernel; it writes bfloat16 alone."""
     bias = None if layer.bias is None else layer.bias.bfloat16()
-    scales = {"scale_a": rows.scale, "scale_b": layer.scale.view(1, -1)}
-    out = torch._scaled_mm(
-        rows.values, layer.weight.t(), **scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast
-    )
+    out = scaled_product(rows.values, layer.weight, rows.scale, layer.scale.view(1, -1), bias, fast)
     return out.to(rows.dtype)
 
 
@@ -95,8 +93,7 @@ def multiply_then_scale(rows: Rows8, layer: Linear8, fast: bool = FAST_ACCUMULAT
     """The same where torch scales whole tensors only, as on Windows, and Triton is missing: its product, and the scales
     afterwards, which takes longer than a product in bfloat16."""
     one = rows.scale.new_ones(())
-    scales = {"scale_a": one, "scale_b": one}
-    out = torch._scaled_mm(rows.values, layer.weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    out = scaled_product(rows.values, layer.weight, one, one, is_fast=fast)
     out.mul_(rows.scale).mul_(layer.scale.view(1, -1))
     return (out if layer.bias is None else out.add_(layer.bias)).to(rows.dtype)
 
@@ -125,10 +122,6 @@ class Float8Product(Float8Linear, Product8):
 
     rows_dtype = FLOAT8
     forward = Product8.forward
-
-    def kind_of_part(self, plain: nn.Linear) -> type[Linear8]:
-        """Parts whose sizes torch does not multiply in 8 bits keep their weights in 8 bits alone."""
-        return type(self) if self.fits(plain) else Float8Linear
 
     def multiply(self, rows: Rows8) -> Tensor:
         if not rows.values.is_cuda:

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...private_torch import integer_product
 from ...seams import Rows8
-from ..kernels import kernels_work
+from ..kernels.trial import kernels_work
 from .linear8 import Linear8, Product8, has_triton, largest_of_rows
 
-LARGEST = 127
 ROWS_AT_ONCE = 8192
 """Of which sums are held as int32 where they cannot be scaled in the product's own kernel: 0.45 GB at most in the 14B
 model, not 4.4 GB."""
@@ -22,8 +22,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         CheckpointError: if a value is NaN or infinite.
     """
-    scale = largest_of_rows(weight) / LARGEST
-    return (weight / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+    largest = Rows8.LARGEST[torch.int8]
+    scale = largest_of_rows(weight) / largest
+    return (weight / scale).round().clamp(-largest, largest).to(torch.int8), scale
 
 
 def multiply_in_parts(rows: Rows8, layer: Linear8) -> Tensor:
@@ -34,7 +35,7 @@ def multiply_in_parts(rows: Rows8, layer: Linear8) -> Tensor:
         part = slice(start, start + ROWS_AT_ONCE)
         few = values[part]
         missing = max(0, FEWEST_ROWS - len(few)) if values.is_cuda else 0
-        sums = torch._int_mm(F.pad(few, (0, 0, 0, missing)), layer.weight.t())[: len(few)]
+        sums = integer_product(F.pad(few, (0, 0, 0, missing)), layer.weight)[: len(few)]
         scaled = sums.float().mul_(rows.scale[part]).mul_(scale)
         out[part] = scaled if layer.bias is None else scaled.add_(layer.bias)
     return out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...seams import Rows8
-from ..rows8 import FAINTEST, quantize_rows
+from ..rows8 import quantize_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def largest_of_rows(weight: Tensor) -> Tensor:
     """
     largest = weight.abs().amax(dim=1, keepdim=True).float()
     check_rows(largest)
-    return largest.clamp(min=FAINTEST)
+    return largest.clamp(min=Rows8.FAINTEST)
 
 
 def check_rows(largest: Tensor) -> None:
@@ -80,22 +80,6 @@ class Linear8(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as numbers of a wider type: exact in float32, rounded at most once in others."""
         return self.weight.to(dtype).mul_(self.scale)  # 8 bits fit into all of them; mul_ rounds after the product
-
-    def kind_of_part(self, plain: nn.Linear) -> type["Linear8"]:
-        """What a part of those sizes is."""
-        return type(self)
-
-    def part(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Linear8":
-        """A layer of some rows (and their bias) or some columns (and no bias); values and scales stay what they are."""
-        index, dim = (rows, 0) if rows is not None else (columns, 1)
-        weight = self.weight.view(torch.uint8).index_select(dim, index).view(self.stored)
-        with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            part = self.kind_of_part(plain)(plain)
-        part._store(weight, self.scale if rows is None else self.scale[rows])
-        if rows is not None and self.bias is not None:
-            part.bias = nn.Parameter(self.bias.detach()[rows], requires_grad=False)
-        return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear8":
         """What every `.to()`, `.half()` and `.cuda()` does to the tensors of a module."""

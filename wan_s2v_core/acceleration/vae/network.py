@@ -27,7 +27,7 @@ from ...model.vae_parts import (
     steps,
     tiles,
 )
-from ..kernels import kernels_work
+from ..kernels.trial import kernels_work
 from .packing import DOWN, FRAME, POINT, SPREAD, UP
 from .places import MAIN_MEMORY, Canvas, bring
 from .streams import ALIGNED, Convolution, KernelStream, LibraryStream, Stream, fixed
