@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wan_s2v_core import pipeline, verify
+from wan_s2v_core import clip_denoiser, verify
 from wan_s2v_core.conditioning import audio as conditioning_audio
 from wan_s2v_core.model import audio, audio_encoder, block, dit, motion, pointwise, rope, text_encoder, vae
 from wan_s2v_core.sampling import clips, schedule, solvers
@@ -46,7 +46,7 @@ def voiced_silence(inputs, negative_text, branch):
     return replace(ORIGINAL_INPUTS(inputs, negative_text, branch), audio=inputs.audio)
 
 
-ORIGINAL_INPUTS = pipeline.branch_inputs
+ORIGINAL_INPUTS = clip_denoiser.branch_inputs
 
 
 def zero_padded(self, x):
@@ -165,7 +165,7 @@ FAULTS = {
     "sines before cosines": (DIT, (dit, "timestep_features", sines_first)),
     "patches with channels slowest": (DIT, (dit, "unpatchify", channels_slowest)),
     "exact GELU": (DIT, (block.FeedForward, "forward", exact_gelu)),
-    "silence that is not silent": (PIPELINE, (pipeline, "branch_inputs", voiced_silence)),
+    "silence that is not silent": (PIPELINE, (clip_denoiser, "branch_inputs", voiced_silence)),
     "start picture one frame short": (PIPELINE, (clips, "START_PICTURE_FRAMES", 5)),
     "last speech layer without its norm": (SPEECH, (audio_encoder.SpeechEncoder, "hidden_states", raw_last_layer)),
     "sample variance of the waveform": (SPEECH, (verify, "normalize_waveform", sample_variance)),
