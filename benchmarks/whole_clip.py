@@ -43,6 +43,7 @@ from wan_s2v_core.io.video import probe_video  # noqa: E402
 from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
+from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
 from wan_s2v_core.prepare import plan_loading  # noqa: E402
 from wan_s2v_core.render import write_video  # noqa: E402
@@ -86,7 +87,7 @@ def reset_peak() -> None:
 def random_networks(sizes: dict[str, Any], precision: str, device: torch.device, offload: bool) -> CheckpointNetworks:
     """All four, resting where offload or its absence has them."""
     loading = plan_loading(precision, device)
-    networks = CheckpointNetworks({}, loading, ALWAYS if offload else AUTO)
+    networks = CheckpointNetworks(Checkpoint({}), loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
         networks.put(kind, random_network(kind, sizes[kind], loading, home))

@@ -38,8 +38,9 @@ from ..wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ..wan_s2v_core.memory.networks import load_placed, room_on, sizes_of, within_limit
 from ..wan_s2v_core.memory.placement import Placement
 from ..wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..wan_s2v_core.model.loading import files_of, find_part
+from ..wan_s2v_core.model.loading import files_of
 from ..wan_s2v_core.model.official import official_places
+from ..wan_s2v_core.model.parts import Checkpoint
 from ..wan_s2v_core.prepare import AUTO, plan_loading
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
@@ -338,6 +339,7 @@ class ComfyNetworks:
         self.models = {model.recipe.kind: model for model in models}
         if low_noise is not None:
             self.models[LOW_NOISE_DIT] = low_noise
+        self.checkpoint = Checkpoint({name: model.recipe.path for name, model in self.models.items()})
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
@@ -409,24 +411,19 @@ class ComfyNetworks:
         return tuple(self.models)
 
     def dit_config(self) -> S2VModelConfig:
-        return find_part(self.models[DIT].recipe.path, DIT).config
+        return self.checkpoint.config(DIT)
 
     def sizes(self, name: str) -> Sizes:
         model = self.models[name]
         wait_until_warm(model.recipe.kind)
         made_from = self._made_from(model.recipe)
         if model.place.sizes is None or model.place.sizes[0] != made_from:
-            model.place.sizes = made_from, sizes_of(model.recipe.path, model.recipe.kind, self.loading)
+            model.place.sizes = made_from, sizes_of(self.checkpoint.part(name), self.loading)
         return model.place.sizes[1]
 
     def recover(self) -> None:
         manager.unload_all_models()
         manager.soft_empty_cache()
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """Where each network comes from."""
-        return {name: Path(model.recipe.path) for name, model in self.models.items()}
 
     def _patcher(self, name: str, packs: bool) -> NetworkPatcher:
         """The network under ComfyUI's management, loaded unless it is there as it is wanted. `packs`: see
@@ -436,7 +433,7 @@ class ComfyNetworks:
         if place.made_from != self._made_from(recipe):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
             log.info("loading the %s of %s", PART_LABELS[recipe.kind], Path(recipe.path).name)
-            placement = load_placed(recipe.path, recipe.kind, self.loading, packs, check_interrupt)
+            placement = load_placed(self.checkpoint, name, self.loading, packs, check_interrupt)
             place.patcher = NetworkPatcher(placement, self.device)
             place.made_from = self._made_from(recipe)  # loading may have written a file of split experts
         return place.patcher

@@ -24,9 +24,8 @@ from ..wan_s2v_core.config import (
     sampling_preset,
 )
 from ..wan_s2v_core.io.clip_store import ClipStore
-from ..wan_s2v_core.model.checkpoint import DIT
-from ..wan_s2v_core.model.loading import find_part
-from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_keys
+from ..wan_s2v_core.model.parts import check_fit
+from ..wan_s2v_core.pipeline import S2VPipeline, clip_keys
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
 from . import bridge
 from .clip_films import ClipFilms
@@ -259,13 +258,12 @@ class Sample(io.ComfyNode):
             gate_dropout=moe_gate_dropout,
             gate_dropout_seed=seed if moe_gate_dropout else None,
         )
-        config, heard, text = find_part(model.recipe.path, DIT).config, conditioning.features, conditioning.text
-        check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
-        if low_noise_model is not None:
-            check_pair(config, find_part(low_noise_model.recipe.path, DIT).config)
-        usable = choose_routing(config, routing, split_experts)
         loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
         networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
+        config, heard, text = networks.dit_config(), conditioning.features, conditioning.text
+        check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
+        networks.checkpoint.check_pair()
+        usable = choose_routing(config, routing, split_experts)
         warn_of_cpu(config, networks.device)
         plan, attention = networks.acceleration, networks.loading.attention(config)
         if model.accelerated_in:
@@ -283,7 +281,7 @@ class Sample(io.ComfyNode):
             "clips": conditioning.clips,
         }
         job = conditioning.with_held_pose()
-        keys = clip_keys(job, sampling, usable, networks.paths, networks.loading)
+        keys = clip_keys(job, sampling, usable, networks.checkpoint, networks.loading)
         node = cls.hidden.unique_id
         with bridge.clips_begun(keys) as (folder, earlier):
             store = ClipStore(folder, job.video.fps, job.recording, settings, keys, earlier)

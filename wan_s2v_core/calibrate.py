@@ -18,7 +18,6 @@ from .errors import ConfigError
 from .io.audio import read_recording
 from .memory.attempts import Attempts
 from .model.checkpoint import DIT
-from .model.loading import find_part
 from .pipeline import S2VPipeline, clip_shape, noise_of, open_checkpoint, sample_clip, sampling_plan, usable_device
 from .prepare import AUTO, plan_loading
 from .sampling.clips import ClipTask
@@ -74,7 +73,7 @@ def split_checkpoint(
     """
     began = time.monotonic()
     networks = open_checkpoint(request.checkpoint, plan_loading(request.precision, usable_device(request.device)))
-    config = find_part(request.checkpoint, DIT).config
+    config = networks.dit_config()
     check_routing(config, ExpertRouting(), request.experts)
     check_split(config.feed_forward_width, request.experts)
     path = split_path(request.checkpoint, request.experts)

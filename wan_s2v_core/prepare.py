@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,12 +24,13 @@ from .acceleration.pointwise import fuse_pointwise, part_pointwise
 from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, OffloadPlan, S2VModelConfig, check_choice
+from .io.digest import FileStamp, file_stamp
 from .memory.activations import ForwardWay
 from .memory.slices import slice_tokens
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
 from .model.dit import S2VTransformer
-from .model.loading import find_part
+from .model.parts import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -210,24 +211,24 @@ def set_dense_steps(model: S2VTransformer, timesteps: Sequence[float], dense_ste
         model.stack.plan.dense_from = timesteps[first_sparse - 1] if first_sparse else float("inf")
 
 
-def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:
+def picture_facts(checkpoint: Checkpoint, loading: LoadPlan) -> dict[str, Any]:
     """All about the networks of a run that shapes its pictures, as JSON: which files they are, and how they compute.
 
     A split of experts that is still to be made has no file yet: after its first run, clips of that run do not match.
     """
-    dits = [name for name in (DIT, LOW_NOISE_DIT) if name in paths]
-    parts = {name: find_part(paths[name], kind_of(name)) for name in (*dits, VAE)}
+    dits = [name for name in (DIT, LOW_NOISE_DIT) if name in checkpoint.paths]
+    parts, config, experts = (*dits, VAE), checkpoint.config(DIT), loading.split_experts
     return {
         "torch": torch.__version__,
         "device": loading.device.type,
         "linears": loading.precision.linears,
-        "attention": attention_kind(loading.attention(parts[DIT].config)),
+        "attention": attention_kind(loading.attention(config)),
         "sparse": sparse_facts(loading.acceleration),
         "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
-        "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
-        "dit": parts[DIT].config.to_dict(),
-        "split": [loading.split_experts, *(split_stamp(paths[name], loading.split_experts) for name in dits)],
+        "files": {name: checkpoint.stamps(name) for name in parts},
+        "dit": config.to_dict(),
+        "split": [experts, *(split_stamp(checkpoint.paths[name], experts) for name in dits)],
     }
 
 
@@ -249,13 +250,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def file_stamp(path: Path) -> tuple[str, int, int]:
-    """Changes when a file is replaced."""
-    facts = path.stat()
-    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
-
-
-def split_stamp(checkpoint: Path, experts: int) -> tuple[str, int, int] | None:
+def split_stamp(checkpoint: Path, experts: int) -> FileStamp | None:
     """Changes when a checkpoint is split into that many experts in another way; None before there is a file."""
     file = split_path(checkpoint, experts)
     return file_stamp(file) if experts and file.exists() else None

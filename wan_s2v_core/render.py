@@ -45,10 +45,9 @@ from .io.locks import held
 from .io.outside import check_path, check_text
 from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
 from .memory.networks import CheckpointNetworks
-from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
-from .model.loading import find_part
+from .model.checkpoint import SPEECH_ENCODER, TEXT_ENCODER
 from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, LoadPlan, choose_routing, file_stamp, plan_loading
+from .prepare import AUTO, LoadPlan, choose_routing, plan_loading
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
@@ -195,7 +194,7 @@ def render_held(
     loading = request.loading(acceleration)
     text_device = "cpu" if request.text_on_cpu else None
     networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
-    pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
+    pipeline, config = S2VPipeline(networks), networks.dit_config()
     loading.attention(config)  # a wrong one is told before anything loads
     usable = choose_routing(config, routing, request.split_experts)
     voice, text, negative_text = encode(pipeline, networks, request, recording)
@@ -203,7 +202,7 @@ def render_held(
     height, width = conditioning.size_px
     log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
 
-    keys = clip_keys(conditioning, sampling, usable, networks.paths, networks.loading)
+    keys = clip_keys(conditioning, sampling, usable, networks.checkpoint, networks.loading)
     earlier = find_earlier([folder, *folders_set_apart(folder)], keys, keys.size)
     keeps = request.keep_clips
     if earlier:
@@ -261,7 +260,7 @@ def encoder_facts(networks: CheckpointNetworks) -> list[dict[str, Any]]:
             "device": networks.device_of(kind).type,
             "dtype": str(networks.loading.dtype(kind)),
             "in_8_bits": kind == TEXT_ENCODER and networks.loading.text_in_8_bits,
-            "files": [file_stamp(file) for file in find_part(networks.paths[kind], kind).weights.files],
+            "files": networks.checkpoint.stamps(kind),
         }
         for kind in (SPEECH_ENCODER, TEXT_ENCODER)
     ]

@@ -2,6 +2,7 @@
 
 import json
 import wave
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from wan_s2v_core import render as rendering
 from wan_s2v_core.cli import make_parser, sampling_of
 from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
+from wan_s2v_core.io import weights
 from wan_s2v_core.io.video import probe_video, read_frames
+from wan_s2v_core.model.checkpoint import PART_LABELS
 
 RATE = 22050
 
@@ -77,6 +80,20 @@ def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs):
     assert facts.seconds == pytest.approx(37 / 16, abs=0.01)
     assert facts.audio_seconds == pytest.approx(37 / 16, abs=0.05)
     assert not list(inputs.glob("*.clips")), "the clips have become the video"
+
+
+def test_each_weights_file_is_opened_once(command, run_cli, inputs, monkeypatch):
+    opened = Counter()
+
+    def watch(name):
+        plain = getattr(weights, name)
+        monkeypatch.setattr(weights, name, lambda path: opened.update([path]) or plain(path))
+
+    watch("_open_safetensors")
+    watch("_open_pickle")
+    code, _, err = run_cli(*command(num_clip=1, sample_steps=1, cache_dir=inputs / "kept"))
+    assert code == 0, err
+    assert len(opened) >= len(PART_LABELS) and set(opened.values()) == {1}, opened
 
 
 def test_text_form_ends_with_the_path(command, run_cli, inputs):

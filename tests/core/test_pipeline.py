@@ -30,6 +30,7 @@ from wan_s2v_core.memory.attempts import REMEDIES
 from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.pipeline import S2VPipeline, told
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import clip_noise
@@ -42,7 +43,7 @@ RATE = 16000
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    return CheckpointNetworks(paths, plan_loading("auto", torch.device("cpu")))
+    return CheckpointNetworks(Checkpoint(paths), plan_loading("auto", torch.device("cpu")))
 
 
 @pytest.fixture(autouse=True)

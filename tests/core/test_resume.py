@@ -22,6 +22,7 @@ from wan_s2v_core.io.digest import digest_of
 from wan_s2v_core.io.video import VideoWriter, read_frames
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.pipeline import S2VPipeline, clip_keys
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
@@ -34,7 +35,8 @@ RATE, CLIPS, FRAMES = 16000, 4, 68
 
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
-    return CheckpointNetworks(dict.fromkeys(PART_LABELS, tiny_checkpoint), plan_loading("auto", torch.device("cpu")))
+    checkpoint = Checkpoint(dict.fromkeys(PART_LABELS, tiny_checkpoint))
+    return CheckpointNetworks(checkpoint, plan_loading("auto", torch.device("cpu")))
 
 
 def make_job(seconds: float = 4.25, video: VideoConfig = VIDEO, pose: Tensor | None = None, **changes):
@@ -57,7 +59,7 @@ class Run:
     """A video into a folder, going on after what is found in `folders`; `stop` is a clip and a step, from 1."""
 
     def __init__(self, networks, job: S2VConditioning, folder: Path, *folders: Path, stop=None, config=QUICK):
-        keys = clip_keys(job, config, None, networks.paths, networks.loading)
+        keys = clip_keys(job, config, None, networks.checkpoint, networks.loading)
         self.earlier: EarlierClips | None = find_earlier(folders, keys)
         self.store = ClipStore(folder, job.video.fps, job.recording, {}, keys, self.earlier)
         self.steps: list[tuple[int, int]] = []
@@ -175,21 +177,21 @@ def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path):
     ],
 )
 def test_other_inputs_are_another_video(changed, config, networks, whole):
-    keys = clip_keys(make_job(**changed), config, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(**changed), config, None, networks.checkpoint, networks.loading)
     assert find_earlier([whole], keys) is None
 
 
 def test_other_networks_are_another_video(networks, whole, tiny_checkpoint, tmp_path):
     job, same = make_job(), networks.loading
     for loading in (plan_loading("bfloat16", same.device), plan_loading("auto", same.device, 2)):
-        assert find_earlier([whole], clip_keys(job, QUICK, None, networks.paths, loading)) is None
-    assert find_earlier([whole], clip_keys(job, QUICK, ExpertRouting(top_k=1), networks.paths, same)) is None
+        assert find_earlier([whole], clip_keys(job, QUICK, None, networks.checkpoint, loading)) is None
+    assert find_earlier([whole], clip_keys(job, QUICK, ExpertRouting(top_k=1), networks.checkpoint, same)) is None
     replaced = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     paths = dict.fromkeys(PART_LABELS, replaced)
-    own = clip_keys(job, QUICK, None, paths, same)[0]
-    assert own == clip_keys(job, QUICK, None, paths, same)[0]
+    own = clip_keys(job, QUICK, None, Checkpoint(paths), same)[0]
+    assert own == clip_keys(job, QUICK, None, Checkpoint(paths), same)[0]
     os.utime(replaced / "Wan2.1_VAE.pth", ns=(1, 1))
-    assert clip_keys(job, QUICK, None, paths, same)[0] != own
+    assert clip_keys(job, QUICK, None, Checkpoint(paths), same)[0] != own
 
 
 def test_a_longer_recording_goes_on_where_the_shorter_one_was_cut(networks, whole, tmp_path):
@@ -230,7 +232,7 @@ def test_the_longest_beginning_is_taken(networks, whole, tmp_path):
         with pytest.raises(StopHereError):
             Run(networks, make_job(), tmp_path / name, stop=stop)
     (tmp_path / "empty").mkdir()
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier(sorted(tmp_path.iterdir()), keys)
     assert found.folder.name == "b" and found.clips == 3 and found.clip_frames == (17, 20, 20)
     (tmp_path / "b" / "clip_0001.mkv").unlink()
@@ -270,7 +272,7 @@ def other_film(path: Path) -> None:
 )
 def test_a_damaged_clip_is_not_finished(clip, name, damage, networks, whole, earlier):
     damage(earlier / name.format(clip))
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier([earlier], keys)
     assert (found.clips if found else 0) == clip
 
@@ -295,7 +297,7 @@ def test_a_damaged_clip_in_the_middle_is_made_again(networks, whole, earlier):
 def test_a_film_without_latents_is_no_clip_of_another_video(networks, whole, earlier):
     """So a run ends that is killed between the two, or finds the disk full."""
     (earlier / "clip_0003.safetensors").unlink()
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier([earlier], keys)
     assert found.clips == 3 and found.is_all
     (earlier / "clip_0001.safetensors").unlink()
@@ -306,7 +308,7 @@ def test_a_film_without_latents_is_no_clip_of_another_video(networks, whole, ear
 def test_clips_without_keys_are_nobodys_beginning(networks, tmp_path):
     store = ClipStore(tmp_path / "old", 16.0, make_job().recording, {})
     store.add(torch.zeros(17, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 16, 5, 8, 8), torch.zeros(1, 3, 25, 64, 64))
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     assert not stored_keys(tmp_path / "old") and find_earlier([tmp_path / "old", tmp_path / "nowhere"], keys) is None
 
 

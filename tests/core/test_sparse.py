@@ -31,6 +31,7 @@ from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import accelerate, plan_loading, set_dense_steps
@@ -410,7 +411,7 @@ def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted
     dense_steps, all_steps = steps
     plan = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_steps=dense_steps, sparse_dense_blocks=1)
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    networks = CheckpointNetworks(paths, plan_loading("auto", CPU, acceleration=plan))
+    networks = CheckpointNetworks(Checkpoint(paths), plan_loading("auto", CPU, acceleration=plan))
     pipeline = S2VPipeline(networks)
     with pipeline.network(DIT) as model:
         config = model.config

@@ -17,6 +17,7 @@ from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.audio import CausalAudioEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.dit import ClipInputs
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.pipeline import S2VPipeline, branch_inputs
 from wan_s2v_core.prepare import plan_loading
 
@@ -56,7 +57,7 @@ class WithoutVAE(Recorder):
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    return CheckpointNetworks(paths, plan_loading("auto", torch.device("cpu")))
+    return CheckpointNetworks(Checkpoint(paths), plan_loading("auto", torch.device("cpu")))
 
 
 def with_clicks(samples: Tensor, times: list[float], clicks: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which network is where: one at a time on the card, the others in main memory."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,8 @@ from ..config import AUTO, AccelerationPlan, MemoryLimits, S2VModelConfig
 from ..io.host_memory import free_ram_bytes
 from ..io.weights import Weights
 from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
-from ..model.loading import OnTensor, find_part, load, set_types
+from ..model.loading import OnTensor, Part, load_part, set_types
+from ..model.parts import Checkpoint
 from .activations import ForwardWay
 from .budget import CONTEXT_BYTES, MOST_CONTEXT_BYTES, WHOLE, Planned, Room, Sizes
 from .placement import Check, Placement
@@ -68,17 +69,20 @@ class Networks(Protocol):
         """Of a network, whether it is loaded or not."""
 
 
-def sizes_of(path: str | Path, kind: str, loading: Loading) -> Sizes:
+def sizes_of(part: Part, loading: Loading) -> Sizes:
     """Sizes of a network that may not be loaded yet."""
-    network = find_part(path, kind).build()
-    loading.prepare(kind)(network)
-    return Sizes.of(Placement(set_types(network, loading.dtype(kind))))
+    network = part.build()
+    loading.prepare(part.kind)(network)
+    return Sizes.of(Placement(set_types(network, loading.dtype(part.kind))))
 
 
-def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, check: Check | None = None) -> Placement:
-    """A network in host memory, ready to be placed.
+def load_placed(
+    checkpoint: Checkpoint, name: str, loading: Loading, packs: bool, check: Check | None = None
+) -> Placement:
+    """A network in host memory, ready to be placed; the checkpoint lets go of what it was read from.
 
     Args:
+        name: its kind, or LOW_NOISE_DIT.
         packs: put each layer into a piece of memory of its own as soon as it is read, so that a mapped file and these
             pieces are never in memory together.
         check: called before each tensor; may raise to stop.
@@ -96,8 +100,12 @@ def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, chec
 
         return arrived
 
-    network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch)
-    loading.finish(kind, network, path)
+    kind = kind_of(name)
+    try:
+        network = load_part(checkpoint.part(name), loading.dtype(kind), "cpu", loading.prepare(kind), watch)
+    finally:
+        checkpoint.release(name)
+    loading.finish(kind, network, checkpoint.paths[name])
     placement = placements[0] if packs else Placement(network)  # finishing may have changed its layers
     placement.settle()
     return placement
@@ -107,7 +115,7 @@ class CheckpointNetworks:
     """Networks from files, each loaded when it is first needed.
 
     Args:
-        paths: kind, or LOW_NOISE_DIT -> file or folder.
+        checkpoint: where they are read from.
         loading: types, device and preparation.
         offload: when networks leave the device, one of `config.OFFLOADS`.
         text_device: elsewhere for the text encoder, such as "cpu".
@@ -117,30 +125,28 @@ class CheckpointNetworks:
 
     def __init__(
         self,
-        paths: Mapping[str, Path],
+        checkpoint: Checkpoint,
         loading: Loading,
         offload: str = AUTO,
         text_device: str | None = None,
         limits: MemoryLimits = NO_LIMITS,
         check: Check | None = None,
     ):
-        self.paths, self.loading, self.offload, self.limits, self.check = paths, loading, offload, limits, check
+        self.checkpoint, self.loading = checkpoint, loading
+        self.offload, self.limits, self.check = offload, limits, check
         self.device, self.acceleration = loading.device, loading.acceleration
         self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
         self.placements: dict[str, Placement] = {}
         """Those that are in memory; the one that was used last comes last."""
         self._sizes: dict[str, Sizes] = {}
-        self._dit_config: S2VModelConfig | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple({**self.paths, **self.placements})
+        return tuple({**self.checkpoint.paths, **self.placements})
 
     def dit_config(self) -> S2VModelConfig:
-        if self._dit_config is None:
-            dit = self.placements.get(DIT)
-            self._dit_config = find_part(self.paths[DIT], DIT).config if dit is None else dit.network.config
-        return self._dit_config
+        dit = self.placements.get(DIT)
+        return self.checkpoint.config(DIT) if dit is None else dit.network.config
 
     def put(self, name: str, network: nn.Module) -> None:
         """Use this network instead of the one in the file. It lies where it is to be between stages."""
@@ -161,7 +167,7 @@ class CheckpointNetworks:
     def sizes(self, name: str) -> Sizes:
         if name not in self._sizes:
             placement = self.placements.get(name)
-            known = sizes_of(self.paths[name], kind_of(name), self.loading) if placement is None else None
+            known = sizes_of(self.checkpoint.part(name), self.loading) if placement is None else None
             self._sizes[name] = known or Sizes.of(placement)
         return self._sizes[name]
 
@@ -218,7 +224,7 @@ class CheckpointNetworks:
 
     def _placement(self, name: str, packs: bool) -> Placement:
         known = self.placements.pop(name, None)
-        return known or load_placed(self.paths[name], kind_of(name), self.loading, packs, self.check)
+        return known or load_placed(self.checkpoint, name, self.loading, packs, self.check)
 
 
 def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0, reserved_bytes: int = 0) -> Room:
