@@ -344,7 +344,7 @@ class ComfyNetworks:
         self.device = torch.device("cpu") if on_cpu else card
         self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
         planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
-        self.loading = replace(planned, device=self.device)
+        self.loading = replace(planned, device=str(self.device))
         if limits is None:
             limits = self.models[DIT].limits if DIT in self.models else limits_in_prompt()
         self.limits = started_limits(limits)

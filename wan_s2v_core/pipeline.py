@@ -164,7 +164,7 @@ def open_checkpoint(
     second = {LOW_NOISE_DIT: noise_expert} if noise_expert else {}
     opened = Checkpoint({**dict.fromkeys(PART_LABELS, folder), **second})
     opened.check()
-    warn_of_cpu(opened.config(DIT), loading.device)
+    warn_of_cpu(opened.config(DIT), loading.torch_device)
     return CheckpointNetworks(opened, loading, offload, text_device, limits)
 
 

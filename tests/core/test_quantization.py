@@ -370,7 +370,7 @@ def test_cards_that_do_not_multiply_in_8_bits(precision, capability, instead, mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     if instead is None:
-        chosen = plan_loading(precision, torch.device("cuda", 0)).precision
+        chosen = plan_loading(precision, torch.device("cuda", 0)).types
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
         assert (chosen.linears, chosen.dtype) == (precision, dtype)
         return

@@ -26,7 +26,7 @@ NO_LIMITS = MemoryLimits()
 class Loading(Protocol):
     """How networks are loaded; see `prepare.LoadPlan`."""
 
-    device: torch.device
+    torch_device: torch.device
     acceleration: AccelerationPlan
     vae_way: VaeWay | None
 
@@ -134,8 +134,8 @@ class CheckpointNetworks:
     ):
         self.checkpoint, self.loading = checkpoint, loading
         self.offload, self.limits, self.check = offload, limits, check
-        self.device, self.acceleration = loading.device, loading.acceleration
-        self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
+        self.device, self.acceleration = loading.torch_device, loading.acceleration
+        self.devices = {TEXT_ENCODER: torch.device(text_device or loading.torch_device)}
         self.placements: dict[str, Placement] = {}
         """Those that are in memory; the one that was used last comes last."""
         self._sizes: dict[str, Sizes] = {}
