@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from ..wan_s2v_core.assets import CHECKPOINT, embedded
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.conditioning.keys import ClipKeys
 from ..wan_s2v_core.config import ALWAYS, DEMO, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
 from ..wan_s2v_core.errors import ConfigError, shown
 from ..wan_s2v_core.io.clip_folders import delete_leftovers, delete_saved, new_folder, sweep_locks
-from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clip_path, clips_in, find_earlier, read_settings
+from ..wan_s2v_core.io.clip_store import EarlierClips, StoredClips, clip_path, clips_in, keeps_clips, read_settings
 from ..wan_s2v_core.io.locks import held, lock_of, sweep
 from ..wan_s2v_core.io.outside import check_path, inside
 from ..wan_s2v_core.io.video import SPARE_NAME_BYTES
@@ -42,6 +41,7 @@ from ..wan_s2v_core.model.loading import files_of
 from ..wan_s2v_core.model.official import official_places
 from ..wan_s2v_core.model.parts import Checkpoint
 from ..wan_s2v_core.prepare import AUTO, plan_loading
+from ..wan_s2v_core.runs import Run
 from ..wan_s2v_core.sampling.clips import ClipTask
 from ..wan_s2v_core.sampling.preview import colour_factors
 from ..wan_s2v_core.warm_up import LIBRARIES, WarmUp, kernels
@@ -513,11 +513,10 @@ def clips_root() -> Path:
     return Path(folder_paths.get_output_directory()) / CLIPS_FOLDER
 
 
-def find_clips(keys: ClipKeys) -> EarlierClips | None:
-    """The longest beginning of a video in the output folder."""
+def find_clips(run: Run) -> EarlierClips | None:
+    """The longest beginning of a run's video in the output folder."""
     root = clips_root()
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return find_earlier(folders, keys, keys.size)
+    return run.find_earlier(sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else [])
 
 
 def clips_folder(earlier: EarlierClips | None, clips: int) -> Path:
@@ -531,14 +530,14 @@ def clips_folder(earlier: EarlierClips | None, clips: int) -> Path:
         before = read_settings(earlier.folder)
         planned = before.get("clips")
         ended_early = isinstance(planned, int) and clips_in(earlier.folder) < planned
-        if before.get("keep_clips") is False and (ended_early or earlier.clips == clips):
+        if not keeps_clips(before) and (ended_early or earlier.clips == clips):
             return earlier.folder
     return new_folder(clips_root())
 
 
 @contextlib.contextmanager
-def clips_begun(keys: ClipKeys) -> Iterator[tuple[Path, EarlierClips | None]]:
-    """A folder for the clips of a video, in which no other server works meanwhile, and the clips to begin with.
+def clips_begun(run: Run) -> Iterator[None]:
+    """Within, a run keeps its clips in a folder in which no other server works meanwhile, after those it begins with.
 
     Raises:
         ConfigError: if the output folder cannot be written to.
@@ -547,9 +546,9 @@ def clips_begun(keys: ClipKeys) -> Iterator[tuple[Path, EarlierClips | None]]:
         clips_root().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{shown(clips_root())} cannot be made ({error.strerror}). Make room, or move it.") from error
-    earlier = find_clips(keys)
+    earlier = find_clips(run)
     with contextlib.ExitStack() as stack:
-        folder = clips_folder(earlier, len(keys))
+        folder = clips_folder(earlier, run.job.clips)
         try:
             stack.enter_context(held(folder))
         except ConfigError:  # another server is at it
@@ -558,7 +557,8 @@ def clips_begun(keys: ClipKeys) -> Iterator[tuple[Path, EarlierClips | None]]:
         if earlier and not clip_path(earlier.folder, earlier.clips - 1).is_file():  # it has just been deleted there
             earlier, folder = None, new_folder(clips_root())
             stack.enter_context(held(folder))
-        yield folder, earlier
+        run.begin(folder, earlier)
+        yield
 
 
 IN_USE: weakref.WeakSet[StoredClips] = weakref.WeakSet()

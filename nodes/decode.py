@@ -9,8 +9,8 @@ from comfy_api.latest import InputImpl, io, ui
 from ..wan_s2v_core.config import check_choice
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import StoredClips
+from ..wan_s2v_core.io.film import write_film
 from ..wan_s2v_core.io.video import DEFAULT_PRESET, video_preset, video_presets
-from ..wan_s2v_core.render import write_video
 from . import bridge
 from .made import MADE
 from .sockets import S2VClips, audio_of, check_link, found_by
@@ -106,7 +106,7 @@ class SaveVideo(io.ComfyNode):
         suffix, size = video_preset(format).suffix, (clips.width_px, clips.height_px)
         output = bridge.new_output(filename_prefix, suffix, *size)
         with bridge.in_use(clips), output as (path, subfolder):
-            write_video(path, clips, cls._metadata(), bridge.frame_reporter(clips.frames))
+            write_film(path, clips, cls._metadata(), bridge.frame_reporter(clips.frames))
         bridge.let_go(clips)
         node = cls.hidden.unique_id
         MADE.note([node, bridge.shown_in(node)], [path], may_change=True)
@@ -114,9 +114,9 @@ class SaveVideo(io.ComfyNode):
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([shown]))
 
     @classmethod
-    def _metadata(cls) -> dict[str, str]:
-        """The prompt and the workflow, as ComfyUI stores them, unless the server was told to store none."""
+    def _metadata(cls) -> dict[str, str] | None:
+        """The prompt and the workflow, as ComfyUI stores them; None where the server was told to store nothing."""
         if args.disable_metadata:
-            return {}
+            return None
         found = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         return {name: json.dumps(value) for name, value in found.items() if value is not None}

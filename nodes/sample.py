@@ -1,12 +1,8 @@
 """All clips of a video, each carrying its motion into the next."""
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
-from ..wan_s2v_core.acceleration.experts.router import describe_experts
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
     LARGEST_SEED,
     NOISE_BOUNDARY,
@@ -23,10 +19,8 @@ from ..wan_s2v_core.config import (
     preset_lines,
     sampling_preset,
 )
-from ..wan_s2v_core.io.clip_store import ClipStore
-from ..wan_s2v_core.model.parts import check_fit
-from ..wan_s2v_core.pipeline import S2VPipeline, clip_keys
-from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
+from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, warn_of_cpu
+from ..wan_s2v_core.runs import Run
 from . import bridge
 from .clip_films import ClipFilms
 from .made import MADE
@@ -260,44 +254,21 @@ class Sample(io.ComfyNode):
         )
         loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
         networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
-        config, heard, text = networks.dit_config(), conditioning.features, conditioning.text
-        check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
-        networks.checkpoint.check_pair()
-        usable = choose_routing(config, routing, split_experts)
-        warn_of_cpu(config, networks.device)
-        plan, attention = networks.acceleration, networks.loading.attention(config)
+        run = Run(networks, sampling, routing, keep_clips, check=bridge.check_interrupt)
+        warn_of_cpu(run.config, networks.device)
         if model.accelerated_in:
-            bridge.say(model.accelerated_in, attention_line(attention, plan))
-        pipeline = S2VPipeline(networks, bridge.check_interrupt)
-        settings = {
-            "model": Path(model.recipe.path).name,
-            "low_noise_model": None if low_noise_model is None else Path(low_noise_model.recipe.path).name,
-            "video": conditioning.video.to_dict(),
-            "sampling": sampling.to_dict(),
-            "routing": routing.to_dict(),
-            "acceleration": plan.to_dict(),
-            "split_experts": split_experts,
-            "keep_clips": keep_clips,
-            "clips": conditioning.clips,
-        }
-        job = conditioning.with_held_pose()
-        keys = clip_keys(job, sampling, usable, networks.checkpoint, networks.loading)
-        node = cls.hidden.unique_id
-        with bridge.clips_begun(keys) as (folder, earlier):
-            store = ClipStore(folder, job.video.fps, job.recording, settings, keys, earlier)
-            bridge.make_room(leftover_gb, store.folder)
-            finished = store.stored
-            if finished.clip_frames:
-                bridge.say(node, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
-            report = bridge.step_reporter(node, job, steps, len(finished.clip_frames))
-            films = ClipFilms(node, store, job.clips)
-            for clip in pipeline.generate(job, sampling, report, usable, finished):
-                store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)
+            bridge.say(model.accelerated_in, attention_line(run.attention, networks.acceleration))
+        run.accept(conditioning)
+        node, clips = cls.hidden.unique_id, conditioning.clips
+        with bridge.clips_begun(run):
+            bridge.make_room(leftover_gb, run.store.folder)
+            if finished := len(run.stored.clip_frames):
+                bridge.say(node, f"going on after clip {finished} of {clips}")
+            films = ClipFilms(node, run.store, clips)
+            for frames in run.clips(bridge.step_reporter(node, run.job, steps, finished)):
                 films.add(frames)
-            bridge.IN_USE.add(clips := store.stored)
-        if usable:
-            bridge.say(node, f"experts, share of the tokens:\n{pipeline.expert_load}")
-        elif routing != ExpertRouting():
-            bridge.say(node, describe_experts(config))
-        MADE.note([node], clips.files, may_change=False)
-        return io.NodeOutput(clips, bridge.latent_of(clips.latents(job.clips - 1)))
+            bridge.IN_USE.add(stored := run.stored)
+        if run.expert_report:
+            bridge.say(node, run.expert_report)
+        MADE.note([node], stored.files, may_change=False)
+        return io.NodeOutput(stored, bridge.latent_of(stored.latents(clips - 1)))

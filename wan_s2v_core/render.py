@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .conditioning.bundle import Voice, make_conditioning, size_of_video
-from .conditioning.image import read_picture, to_frames
+from .conditioning.image import read_picture
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
     MOST_EXPERTS,
@@ -29,33 +29,32 @@ from .forecast import JobFacts, StageForecast, forecast
 from .geometry import ClipGeometry
 from .io.audio import Recording, check_recording, read_recording
 from .io.clip_store import (
-    ClipStore,
     EarlierClips,
-    StoredClips,
     check_ours,
     check_unused,
-    find_earlier,
     is_saved,
+    keeps_clips,
     read_settings,
     recorded_settings,
 )
 from .io.digest import digest_of
 from .io.encodings import EncodingStore
+from .io.film import write_film
 from .io.locks import held
 from .io.outside import check_path, check_text
-from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
-from .memory.networks import CheckpointNetworks
+from .io.video import DrivingVideo, check_target, preset_of
+from .memory.networks import NO_LIMITS, CheckpointNetworks
 from .model.checkpoint import SPEECH_ENCODER, TEXT_ENCODER
-from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, LoadPlan, choose_routing, plan_loading
+from .pipeline import S2VPipeline, open_checkpoint, usable_device
+from .prepare import AUTO, LoadPlan, plan_loading
+from .runs import NO_ROUTING, Run
 from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
 
 ENCODING_FORMAT = 2
 """To be raised when encoders make something else of the same."""
-FRAMES_AT_ONCE = 8
-"""Written between two looks at whether to stop."""
+AS_IT_IS = AccelerationPlan()
 LONGEST_SECONDS = 1e7
 """Of a recording: a third of a year."""
 FILES = ("checkpoint", "audio", "image", "save_file", "pose_video", "noise_expert", "cache_dir")
@@ -104,7 +103,7 @@ class RenderRequest(JsonConfig):
             if value is not None and not abs(value) <= LONGEST_SECONDS:
                 raise ConfigError(f"{name}={value:g} is no time in a recording. Give seconds, such as 12.5.")
         check_range("split_experts", self.split_experts, 0, MOST_EXPERTS, "Use such as 8, or 0 to leave it whole.")
-        self.loading(AccelerationPlan())
+        self.loading(AS_IT_IS)
 
     def told(self) -> dict[str, Any]:
         """What may be told of it in files: as `to_dict`, but of files and folders their names alone."""
@@ -116,6 +115,11 @@ class RenderRequest(JsonConfig):
         """How its networks are loaded."""
         device = usable_device(self.device)
         return plan_loading(self.precision, device, self.split_experts, acceleration, self.text_precision)
+
+    def networks(self, acceleration: AccelerationPlan, limits: MemoryLimits) -> CheckpointNetworks:
+        """Found and checked, but not loaded."""
+        loading, text_device = self.loading(acceleration), "cpu" if self.text_on_cpu else None
+        return open_checkpoint(self.checkpoint, loading, self.offload, text_device, self.noise_expert, limits)
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,9 @@ def render(
     video: VideoConfig,
     sampling: SamplingConfig,
     on_step: Callable[[int, int, int], None] | None = None,
-    routing: ExpertRouting | None = None,
-    acceleration: AccelerationPlan | None = None,
-    limits: MemoryLimits | None = None,
+    routing: ExpertRouting = NO_ROUTING,
+    acceleration: AccelerationPlan = AS_IT_IS,
+    limits: MemoryLimits = NO_LIMITS,
 ) -> RenderReport:
     """Make the video.
 
@@ -156,77 +160,48 @@ def render(
         acceleration: how networks are made faster.
         limits: of memory.
     """
-    target = Path(request.save_file)
+    began, target = time.monotonic(), Path(request.save_file)
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
-    with held(clips_folder(target)):
-        return render_held(request, video, sampling, on_step, routing, acceleration, limits)
+    with held(folder := clips_folder(target)):
+        check_earlier(folder, sampling, routing)
+        recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
+        picture = read_picture(request.image)
+        pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
+        networks = request.networks(acceleration, limits)
+        run = Run(networks, sampling, routing, request.keep_clips, request.told())
+        job = make_conditioning(picture, *encode(run.pipeline, networks, request, recording), video, pose)
+        height, width = job.size_px
+        log.info("%d frames of %dx%d px in %d clips", job.plan.frames, width, height, job.clips)
+        run.accept(job)
+        begin(run, folder)
 
+        def tell(task: ClipTask, step: int, _: Tensor) -> None:
+            if on_step:
+                on_step(task.index + 1, job.clips, step)
 
-def render_held(
-    request: RenderRequest,
-    video: VideoConfig,
-    sampling: SamplingConfig,
-    on_step: Callable[[int, int, int], None] | None,
-    routing: ExpertRouting | None,
-    acceleration: AccelerationPlan | None,
-    limits: MemoryLimits | None,
-) -> RenderReport:
-    """As `render`, where no other run works for the same file."""
-    began, target = time.monotonic(), Path(request.save_file)
-    routing, acceleration = routing or ExpertRouting(), acceleration or AccelerationPlan()
-    limits = limits or MemoryLimits()
-    settings = {
-        "request": request.told(),
-        "video": video.to_dict(),
-        "sampling": sampling.to_dict(),
-        "routing": routing.to_dict(),
-        "acceleration": acceleration.to_dict(),
-        "limits": limits.to_dict(),
-    }
-    comment = json.dumps(settings, ensure_ascii=False)
-    folder = clips_folder(target)
-    check_earlier(folder, settings)
-    recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    picture = read_picture(request.image)
-    pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
-
-    loading = request.loading(acceleration)
-    text_device = "cpu" if request.text_on_cpu else None
-    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
-    pipeline, config = S2VPipeline(networks), networks.dit_config()
-    loading.attention(config)  # a wrong one is told before anything loads
-    usable = choose_routing(config, routing, request.split_experts)
-    voice, text, negative_text = encode(pipeline, networks, request, recording)
-    conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
-    height, width = conditioning.size_px
-    log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
-
-    keys = clip_keys(conditioning, sampling, usable, networks.checkpoint, networks.loading)
-    earlier = find_earlier([folder, *folders_set_apart(folder)], keys, keys.size)
-    keeps = request.keep_clips
-    if earlier:
-        log.warning("going on after clip %d of %d, from %s", earlier.clips, conditioning.clips, earlier.folder)
-        if earlier.folder == folder:
-            keeps = keeps or keeps_clips(folder)
-            earlier = set_apart(earlier)
-    settings["keep_clips"] = keeps
-    store = ClipStore(folder, video.fps, recording, settings, keys, earlier)
-
-    def tell(task: ClipTask, step: int, _: Tensor) -> None:
-        if on_step:
-            on_step(task.index + 1, conditioning.clips, step)
-
-    for clip in pipeline.generate(conditioning, sampling, tell, usable, store.stored):
-        store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
-    write_video(target, store.stored, {"comment": comment} if request.metadata else {})
-    if not keeps:
-        store.stored.remove()
-    if usable:
-        log.warning("experts, share of the tokens:\n%s", pipeline.expert_load)
+        for _ in run.clips(tell):
+            pass
+        clips = run.stored
+        comment = {"comment": json.dumps(run.settings, ensure_ascii=False)}
+        write_film(target, clips, comment if request.metadata else None)
+        if not run.keep_clips:
+            clips.remove()
+    if run.routing:
+        log.warning(run.expert_report)
     seconds = time.monotonic() - began
-    frames, clips = store.stored.frames, conditioning.clips
-    return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
+    return RenderReport(str(target), clips.frames, video.fps, width, height, job.clips, recording.seconds, seconds)
+
+
+def begin(run: Run, folder: Path) -> None:
+    """Begin a run in the folder of its video, or go on there."""
+    earlier = run.find_earlier([folder, *folders_set_apart(folder)])
+    if earlier:
+        log.warning("going on after clip %d of %d, from %s", earlier.clips, run.job.clips, earlier.folder)
+        if earlier.folder == folder:
+            run.keep_clips = run.keep_clips or keeps_clips(read_settings(folder))
+            earlier = set_apart(earlier)
+    run.begin(folder, earlier)
 
 
 def encode(
@@ -274,9 +249,7 @@ def forecast_render(
     limits: MemoryLimits,
 ) -> list[StageForecast]:
     """What the stages of `render` would take now; nothing is loaded or written."""
-    loading = request.loading(acceleration)
-    text_device = "cpu" if request.text_on_cpu else None
-    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
+    networks = request.networks(acceleration, limits)
     recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
     size, geometry = size_of_video(read_picture(request.image), video), ClipGeometry(video.clip_frames)
     return forecast(networks, JobFacts(*size, recording.seconds, geometry, sampling, bool(request.pose_video)))
@@ -296,7 +269,7 @@ def clips_folder(target: Path) -> Path:
     return target.with_name(f"{target.name}.clips")
 
 
-def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
+def check_earlier(folder: Path, sampling: SamplingConfig, routing: ExpertRouting) -> None:
     """Tell early, before networks are loaded, that the clips in the way are not the beginning of this video.
 
     Raises:
@@ -304,13 +277,9 @@ def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
     """
     check_ours(folder)
     before = recorded_settings(folder)
-    if before and any(before.get(name) != settings[name] for name in ("sampling", "routing")):
+    asked = json.loads(json.dumps({"sampling": sampling.to_dict(), "routing": routing.to_dict()}))
+    if before and any(before.get(name) != value for name, value in asked.items()):
         check_unused(folder)
-
-
-def keeps_clips(folder: Path) -> bool:
-    """Whether the clips there were made to be kept, or nobody can tell."""
-    return read_settings(folder).get("keep_clips") is not False
 
 
 def earlier_seed(target: Path) -> int | None:
@@ -343,21 +312,3 @@ def folders_set_apart(folder: Path) -> list[Path]:
     while (aside := folder_set_apart(folder, len(found) + 1)).is_dir():
         found.append(aside)
     return found
-
-
-def write_video(
-    target: Path, clips: StoredClips, metadata: dict[str, str], on_frames: Callable[[int], None] | None = None
-) -> None:
-    """Clip after clip into one file with sound; memory holds one clip. The suffix of `target` says which kind.
-
-    Args:
-        on_frames: called with the number of frames written so far; may raise to stop.
-    """
-    size = (clips.width_px, clips.height_px)
-    with VideoWriter(target, *size, clips.fps, clips.recording, preset_of(target), metadata) as writer:
-        for frames in clips:
-            for few in frames.split(FRAMES_AT_ONCE):
-                writer.write(few)
-                if on_frames:
-                    on_frames(writer.frames)
-    log.info("%s: %d frames", target, clips.frames)

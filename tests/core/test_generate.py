@@ -14,7 +14,8 @@ from wan_s2v_core.cli import make_parser, sampling_of
 from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import weights
-from wan_s2v_core.io.video import probe_video, read_frames
+from wan_s2v_core.io.clip_store import ClipStore
+from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
 from wan_s2v_core.model.checkpoint import PART_LABELS
 
 RATE = 22050
@@ -39,7 +40,7 @@ def inputs(tmp_path):
     write_wav(tmp_path / "voice.wav", np.stack([voice, 0.5 * voice], axis=1))
     noise = np.random.default_rng().integers(0, 255, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "face.png")
-    with rendering.VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
+    with VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
         writer.write(torch.randint(0, 255, (28, 96, 64, 3), dtype=torch.uint8))
     return tmp_path
 
@@ -183,7 +184,7 @@ def test_presets_are_told_where_they_are_chosen(capsys):
 def make(inputs, tiny_checkpoint):
     """`render` of a video of 37 frames in 2 clips; keyword arguments change its request, and what it samples."""
 
-    def run(name="out.mp4", stop=None, seed=3, acceleration=None, **changes):
+    def run(name="out.mp4", stop=None, seed=3, acceleration=AccelerationPlan(), **changes):  # noqa: B008  (frozen)
         files = (str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / name))
         video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
         seen = []
@@ -248,10 +249,10 @@ def test_clips_that_were_to_be_kept_are_kept(make, inputs):
 def test_later_clips_of_another_video_are_set_apart(make, inputs, caplog):
     """A driving video that is another one in the second clip."""
     pictures = torch.randint(0, 255, (60, 96, 64, 3), dtype=torch.uint8)
-    with rendering.VideoWriter(inputs / "a.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+    with VideoWriter(inputs / "a.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
         writer.write(pictures)
     pictures[30:] = 255 - pictures[30:]
-    with rendering.VideoWriter(inputs / "b.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+    with VideoWriter(inputs / "b.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
         writer.write(pictures)
     make(pose_video=str(inputs / "a.mkv"), keep_clips=True)
     first = kept_pictures(inputs / "out.mp4.clips")
@@ -272,9 +273,9 @@ def test_the_seed_of_a_stopped_run_is_gone_on_with(command, run_cli, inputs, mon
             raise KeyboardInterrupt
         add(store, *_)
 
-    add = rendering.ClipStore.add
+    add = ClipStore.add
     with monkeypatch.context() as patch:
-        patch.setattr(rendering.ClipStore, "add", stop)
+        patch.setattr(ClipStore, "add", stop)
         code, _, err = run_cli(*words)
     assert code == 130 and "out.mp4.clips" in err
     code, out, err = run_cli(*words)

@@ -20,7 +20,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare", "warm_up"],
     ["pipeline"],
-    ["forecast"],
+    ["forecast", "runs"],
     ["bench", "verify", "inspection", "render", "calibrate"],
     ["cli"],
     ["command"],

@@ -21,6 +21,7 @@ from test_generate import command, cut_short, inputs, kept_pictures, make  # noq
 
 from wan_s2v_core import cli, pipeline
 from wan_s2v_core import render as rendering
+from wan_s2v_core.config import ExpertRouting, SamplingConfig
 from wan_s2v_core.errors import CheckpointError, ConfigError
 from wan_s2v_core.io import locks
 from wan_s2v_core.io.audio import Recording
@@ -384,7 +385,7 @@ def test_what_stands_where_clips_go_is_told_before_the_run(kind, tmp_path):
     folder = tmp_path / "clips"
     folder.write_bytes(b"x") if kind == "no folder" else folder.symlink_to(tmp_path / "none")
     with pytest.raises(ConfigError, match=f"clips is {kind}.*Delete it"):
-        rendering.check_earlier(folder, {})
+        rendering.check_earlier(folder, SamplingConfig(), ExpertRouting())
     assert os.path.lexists(folder) and not (tmp_path / "none").exists()
 
 
