@@ -556,12 +556,13 @@ def test_a_video_tells_names_but_no_folders(make, inputs, tiny_checkpoint):  # n
     tags = read_header(inputs / "out.mp4").tags
     told = json.loads(tags["comment"])
     assert told["request"]["audio"] == "voice.wav" and told["request"]["checkpoint"] == tiny_checkpoint.name
-    assert told["video"]["clip_frames"] == 20, "what quality reads"
+    assert told["video"]["clip_frames"] == 20 and told["loading"]["precision"] == "float32"
+    assert tags["clip_frames"] == "[17, 20]", "what quality reads"
     files = [path for path in (inputs / "out.mp4.clips").iterdir() if path.suffix != ".mkv"]
     for text in (tags["comment"].encode(), *(path.read_bytes() for path in files)):
         assert os.fsencode(inputs) not in text and os.fsencode(tiny_checkpoint) not in text
     make("quiet.mp4", metadata=False)
-    assert "comment" not in read_header(inputs / "quiet.mp4").tags
+    assert not {"comment", "clip_frames"} & set(read_header(inputs / "quiet.mp4").tags)
 
 
 def test_motion_of_another_length_is_made_again(good, tmp_path):
