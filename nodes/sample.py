@@ -21,10 +21,12 @@ from ..wan_s2v_core.config import (
 )
 from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, warn_of_cpu
 from ..wan_s2v_core.runs import Run
-from . import bridge
+from .bridge.clips import CLIPS_FOLDER, IN_USE, clips_begun, make_room
+from .bridge.messages import say, step_reporter
+from .bridge.networks import ComfyNetworks, Model, check_interrupt
 from .clip_films import ClipFilms
 from .made import MADE
-from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by
+from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by, latent_of
 
 CATEGORY = "WanS2V/sampling"
 AnyChoice = io.Custom("COMBO")
@@ -71,7 +73,7 @@ class Sample(io.ComfyNode):
             category=CATEGORY,
             **found_by("sampler", "KSampler", "speech to video"),
             description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
-            f"output/{bridge.CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
+            f"output/{CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
             inputs=[
                 S2VModel.Input("model"),
                 S2VVae.Input("vae", tooltip="Each clip is decoded, and its end encoded again for the next."),
@@ -227,10 +229,10 @@ class Sample(io.ComfyNode):
         moe_overflow, split_experts, colour_match=0.0, leftover_gb=50, low_noise_model=None,
         noise_boundary=NOISE_BOUNDARY,
     ) -> io.NodeOutput:  # fmt: skip
-        check_link("model", model, bridge.Model)
-        check_link("vae", vae, bridge.Model)
+        check_link("model", model, Model)
+        check_link("vae", vae, Model)
         if low_noise_model is not None:
-            check_link("low_noise_model", low_noise_model, bridge.Model)
+            check_link("low_noise_model", low_noise_model, Model)
         check_link("conditioning", conditioning, S2VConditioning)
         check_choice("offload", offload, OFFLOADS)
         sampling = SamplingConfig(
@@ -253,22 +255,22 @@ class Sample(io.ComfyNode):
             gate_dropout_seed=seed if moe_gate_dropout else None,
         )
         loading = {"precision": precision, "offload": offload, "split_experts": split_experts}
-        networks = bridge.ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
-        run = Run(networks, sampling, routing, keep_clips, check=bridge.check_interrupt)
+        networks = ComfyNetworks(model, vae, **loading, low_noise=low_noise_model)
+        run = Run(networks, sampling, routing, keep_clips, check=check_interrupt)
         warn_of_cpu(run.config, networks.device)
         if model.accelerated_in:
-            bridge.say(model.accelerated_in, attention_line(run.attention, networks.acceleration))
+            say(model.accelerated_in, attention_line(run.attention, networks.acceleration))
         run.accept(conditioning)
         node, clips = cls.hidden.unique_id, conditioning.clips
-        with bridge.clips_begun(run):
-            bridge.make_room(leftover_gb, run.store.folder)
+        with clips_begun(run):
+            make_room(leftover_gb, run.store.folder)
             if finished := len(run.stored.clip_frames):
-                bridge.say(node, f"going on after clip {finished} of {clips}")
+                say(node, f"going on after clip {finished} of {clips}")
             films = ClipFilms(node, run.store, clips)
-            for frames in run.clips(bridge.step_reporter(node, run.job, steps, finished)):
+            for frames in run.clips(step_reporter(node, run.job, steps, finished)):
                 films.add(frames)
-            bridge.IN_USE.add(stored := run.stored)
+            IN_USE.add(stored := run.stored)
         if run.expert_report:
-            bridge.say(node, run.expert_report)
+            say(node, run.expert_report)
         MADE.note([node], stored.files, may_change=False)
-        return io.NodeOutput(stored, bridge.latent_of(stored.latents(clips - 1)))
+        return io.NodeOutput(stored, latent_of(stored.latents(clips - 1)))
