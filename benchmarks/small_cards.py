@@ -50,11 +50,11 @@ from wan_s2v_core.geometry import frames_of  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.host_memory import free_ram_bytes  # noqa: E402
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan  # noqa: E402
-from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
 from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
+from wan_s2v_core.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.pipeline import S2VPipeline, clip_shape  # noqa: E402
 from wan_s2v_core.prepare import accelerate  # noqa: E402
 

@@ -41,11 +41,11 @@ from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
 from wan_s2v_core.io.film import write_film  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
-from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
 from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
+from wan_s2v_core.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.prepare import plan_loading  # noqa: E402
 
 VAE_SIZES = ((832, 480), (1280, 704))

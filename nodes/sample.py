@@ -259,7 +259,7 @@ class Sample(io.ComfyNode):
         run = Run(networks, sampling, routing, keep_clips, check=check_interrupt)
         warn_of_cpu(run.config, networks.device)
         if model.accelerated_in:
-            say(model.accelerated_in, attention_line(run.attention, networks.acceleration))
+            say(model.accelerated_in, attention_line(run.attention, networks.loading.acceleration))
         run.accept(conditioning)
         node, clips = cls.hidden.unique_id, conditioning.clips
         with clips_begun(run):

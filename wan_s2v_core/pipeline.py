@@ -35,7 +35,6 @@ from .memory.budget import (
     voice_bytes,
     whole,
 )
-from .memory.networks import CheckpointNetworks, Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipCondition, ClipInputs, S2VTransformer
@@ -44,6 +43,7 @@ from .model.long_speech import WINDOWS, Windows
 from .model.official import check_official
 from .model.parts import Checkpoint
 from .model.vae_parts import VaeParts
+from .networks import CheckpointNetworks, RunNetworks
 from .prepare import LoadPlan, accelerate, picture_facts, set_dense_steps, warn_of_cpu
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.denoise import OnStep, denoise
@@ -121,7 +121,7 @@ def clip_shape(
     return ClipShape((latent_frames, rows, columns), rows * columns + past, has_pose)
 
 
-def sampling_plan(networks: Networks, shape: ClipShape, branches: int) -> Choose:
+def sampling_plan(networks: RunNetworks, shape: ClipShape, branches: int) -> Choose:
     """How a clip of that shape can be denoised, with so many guidance branches."""
     config = networks.dit_config()
     way = replace(networks.loading.forward_way(config), branches=branches)
@@ -244,7 +244,7 @@ class S2VPipeline:
         check: called before every layer of every network; may raise to stop.
     """
 
-    def __init__(self, networks: Networks, check: Callable[[], None] | None = None):
+    def __init__(self, networks: RunNetworks, check: Callable[[], None] | None = None):
         self.networks, self.check = networks, check or (lambda: None)
         self.expert_load = ExpertLoad()
         """What the experts of the last generated video had to do; empty for a dense model."""
@@ -255,7 +255,7 @@ class S2VPipeline:
 
     @contextmanager
     def network(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
-        """One network, for one stage, as planned. `name`: as for `Networks.use`."""
+        """One network, for one stage, as planned. `name`: as for `RunNetworks.use`."""
         self.check()
         with self.networks.use(name, planned) as network, told(network, self.check):
             if name == VAE:
@@ -377,9 +377,9 @@ class S2VPipeline:
         @contextmanager
         def placed(name: str, planned: Planned) -> Iterator[Denoiser]:
             with self.network(name, planned) as model:
-                if plan := self.networks.acceleration:
-                    accelerate(model, plan, planned.plan)
-                    set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
+                plan = self.networks.loading.acceleration
+                accelerate(model, plan, planned.plan)
+                set_dense_steps(model, make_schedule(config).timesteps, plan.sparse_dense_steps)
                 set_routing(model, routing or ExpertRouting())
                 take_load(model)
                 denoiser = clip_denoiser(model, inputs, negative_text, config)

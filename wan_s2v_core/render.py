@@ -43,8 +43,8 @@ from .io.film import write_film
 from .io.locks import held
 from .io.outside import check_path, check_text
 from .io.video import DrivingVideo, check_target, preset_of
-from .memory.networks import NO_LIMITS, CheckpointNetworks
 from .model.checkpoint import SPEECH_ENCODER, TEXT_ENCODER
+from .networks import NO_LIMITS, CheckpointNetworks
 from .pipeline import S2VPipeline, open_checkpoint, usable_device
 from .prepare import AUTO, LoadPlan, plan_loading
 from .runs import NO_ROUTING, Run

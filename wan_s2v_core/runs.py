@@ -15,8 +15,8 @@ from .conditioning.image import to_frames
 from .conditioning.keys import ClipKeys
 from .config import ExpertRouting, SamplingConfig
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, find_earlier
-from .memory.networks import Networks
 from .model.parts import check_fit
+from .networks import RunNetworks
 from .pipeline import S2VPipeline, clip_keys
 from .prepare import choose_routing
 from .sampling.clips import ClipTask
@@ -32,7 +32,7 @@ class Run:
     `accept` says what it is to make, `begin` where the clips are kept; then `clips` makes them.
 
     Args:
-        networks: from a checkpoint.
+        networks: where its stages have theirs from.
         routing: how experts are used; a dense model has none and says so.
         keep_clips: whether the clips are to stay on the disk when they have become a video.
         request: what else the settings tell people, as JSON without folders of this machine.
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(
         self,
-        networks: Networks,
+        networks: RunNetworks,
         sampling: SamplingConfig,
         routing: ExpertRouting = NO_ROUTING,
         keep_clips: bool = False,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ...wan_s2v_core.config import ALWAYS, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
 from ...wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
-from ...wan_s2v_core.memory.networks import load_placed, room_on, sizes_of, within_limit
+from ...wan_s2v_core.memory.networks import room_on, within_limit
 from ...wan_s2v_core.memory.placement import Placement
 from ...wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS
 from ...wan_s2v_core.model.parts import Checkpoint
+from ...wan_s2v_core.networks import load_placed, sizes_of
 from ...wan_s2v_core.prepare import AUTO, plan_loading
 from ..limits import SMALL_STATES, limits_in_prompt, reserved_bytes, started_limits
 from .folders import stamp_of
@@ -172,8 +173,8 @@ class ComfyNetworks:
         self.checkpoint = Checkpoint({name: model.recipe.path for name, model in self.models.items()})
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card
-        self.acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
-        planned = plan_loading(precision, card, split_experts, self.acceleration, text_precision)
+        acceleration = self.models[DIT].acceleration if DIT in self.models else AccelerationPlan()
+        planned = plan_loading(precision, card, split_experts, acceleration, text_precision)
         self.loading = replace(planned, device=str(self.device))
         if limits is None:
             limits = self.models[DIT].limits if DIT in self.models else limits_in_prompt()
@@ -235,10 +236,6 @@ class ComfyNetworks:
         loaded = [entry.model for entry in manager.current_loaded_models if entry.device == self.device]
         returnable = sum(patcher.loaded_size() for patcher in loaded if patcher is not None)
         return room_on(self.device, self.limits, returnable, reserved_bytes())
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.models)
 
     def dit_config(self) -> S2VModelConfig:
         return self.checkpoint.config(DIT)

@@ -17,8 +17,8 @@ from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, VideoConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, ClipGeometry, output_size, plan_clips
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.prepare import plan_loading
 
 SIZES = [  # picture height and width, area -> height and width, as the reference gives them

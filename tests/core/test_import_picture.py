@@ -19,6 +19,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["conditioning"],
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare", "warm_up"],
+    ["networks"],
     ["pipeline"],
     ["forecast", "runs"],
     ["bench", "verify", "inspection", "render", "calibrate"],

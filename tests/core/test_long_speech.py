@@ -27,13 +27,13 @@ from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.audio import Recording, read_recording, resample
 from wan_s2v_core.io.scratch import scratch
 from wan_s2v_core.memory.budget import voice_bytes
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model import long_speech
 from wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ, SpeechEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.loading import load_audio_encoder
 from wan_s2v_core.model.long_speech import WINDOWS, Windows, hear_in_windows
 from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 

@@ -20,10 +20,10 @@ from wan_s2v_core.errors import ConfigError, OutOfMemory
 from wan_s2v_core.io.audio import read_recording
 from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.memory.budget import WHOLE, Planned
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, VAE, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline, clip_denoiser, clip_keys, noise_of, open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask

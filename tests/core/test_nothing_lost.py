@@ -39,8 +39,8 @@ from wan_s2v_core.io.digest import file_digest
 from wan_s2v_core.io.encodings import EncodingStore
 from wan_s2v_core.io.records import read_record, write_record
 from wan_s2v_core.io.video import VideoWriter, read_header
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.sampling.clips import clip_noise
 
 ROOT = Path(__file__).resolve().parents[2]

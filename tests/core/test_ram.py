@@ -10,13 +10,13 @@ import torch
 
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.config import OffloadPlan, S2VModelConfig
-from wan_s2v_core.memory.networks import load_placed, sizes_of
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model import loading
 from wan_s2v_core.model.checkpoint import DIT, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.loading import find_part
 from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import load_placed, sizes_of
 from wan_s2v_core.prepare import plan_loading
 
 CPU = torch.device("cpu")

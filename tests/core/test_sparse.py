@@ -28,11 +28,11 @@ from wan_s2v_core.acceleration.keys_values import KeptKeysValues
 from wan_s2v_core.acceleration.pointwise import FusedPointwise, attach
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
 from wan_s2v_core.errors import ConfigError
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
 from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.model.pointwise import Pointwise
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import accelerate, plan_loading, set_dense_steps
 from wan_s2v_core.sampling.schedule import make_schedule

@@ -13,9 +13,9 @@ from ..conditioning.bundle import S2VConditioning, make_conditioning
 from ..config import ALWAYS, AUTO, DEFAULT_NEGATIVE_PROMPT, S2VModelConfig, SamplingConfig, VideoConfig
 from ..errors import ConfigError
 from ..io.audio import SPEECH_HZ, Recording
-from ..memory.networks import CheckpointNetworks
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from ..model.parts import Checkpoint
+from ..networks import CheckpointNetworks
 from ..sampling.clips import ClipTask
 from .cases import Case, Result, article_flop
 from .engine import MOTION_FRAMES, SEED, loading_of
