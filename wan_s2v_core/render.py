@@ -4,15 +4,10 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .conditioning.bundle import Voice, make_conditioning, size_of_video
-from .conditioning.image import read_picture
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
     MOST_EXPERTS,
@@ -25,35 +20,21 @@ from .config import (
     check_range,
 )
 from .errors import ConfigError
-from .forecast import JobFacts, StageForecast, forecast
-from .geometry import ClipGeometry
-from .io.audio import Recording, check_recording, read_recording
-from .io.clip_store import (
-    EarlierClips,
-    check_ours,
-    check_unused,
-    is_saved,
-    keeps_clips,
-    read_settings,
-    recorded_settings,
-)
-from .io.digest import digest_of
-from .io.encodings import EncodingStore
+from .forecast import StageForecast, forecast
+from .inputs import Encoders, Inputs, read_inputs
+from .io.clip_store import keeps_clips, read_settings
 from .io.film import write_film
 from .io.locks import held
 from .io.outside import check_path, check_text
-from .io.video import DrivingVideo, check_target, preset_of
-from .model.checkpoint import SPEECH_ENCODER, TEXT_ENCODER
+from .io.video import check_target, preset_of
+from .io.video_clips import check_earlier, clips_folder, folders_set_apart, set_apart
 from .networks import NO_LIMITS, CheckpointNetworks
-from .pipeline import S2VPipeline, open_checkpoint, usable_device
+from .pipeline import open_checkpoint, usable_device
 from .prepare import AUTO, LoadPlan, plan_loading
 from .runs import NO_ROUTING, Run
-from .sampling.clips import ClipTask
 
 log = logging.getLogger(__name__)
 
-ENCODING_FORMAT = 2
-"""To be raised when encoders make something else of the same."""
 AS_IT_IS = AccelerationPlan()
 LONGEST_SECONDS = 1e7
 """Of a recording: a third of a year."""
@@ -116,6 +97,11 @@ class RenderRequest(JsonConfig):
         device = usable_device(self.device)
         return plan_loading(self.precision, device, self.split_experts, acceleration, self.text_precision)
 
+    def inputs(self, fps: float) -> Inputs:
+        """What it is made from, read from files; driving videos for frames at `fps`."""
+        part = self.audio, self.audio_start, self.audio_seconds
+        return read_inputs(*part, self.image, self.pose_video, fps)
+
     def networks(self, acceleration: AccelerationPlan, limits: MemoryLimits) -> CheckpointNetworks:
         """Found and checked, but not loaded."""
         loading, text_device = self.loading(acceleration), "cpu" if self.text_on_cpu else None
@@ -165,21 +151,16 @@ def render(
     check_target(target, preset_of(target))
     with held(folder := clips_folder(target)):
         check_earlier(folder, sampling, routing)
-        recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-        picture = read_picture(request.image)
-        pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
-        networks = request.networks(acceleration, limits)
+        inputs, networks = request.inputs(video.fps), request.networks(acceleration, limits)
         run = Run(networks, sampling, routing, request.keep_clips, request.told())
-        job = make_conditioning(picture, *encode(run.pipeline, networks, request, recording), video, pose)
+        encoders = Encoders(run.pipeline, request.cache_dir, target.absolute().parent)
+        job = inputs.encoded(encoders, (request.prompt, request.negative_prompt), video)
         height, width = job.size_px
         log.info("%d frames of %dx%d px in %d clips", job.plan.frames, width, height, job.clips)
         run.accept(job)
         begin(run, folder)
 
-        def tell(task: ClipTask, step: int, _: Tensor) -> None:
-            if on_step:
-                on_step(task.index + 1, job.clips, step)
-
+        tell = on_step and (lambda task, step, _: on_step(task.index + 1, job.clips, step))
         for _ in run.clips(tell):
             pass
         clips = run.stored
@@ -190,7 +171,7 @@ def render(
     if run.routing:
         log.warning(run.expert_report)
     seconds = time.monotonic() - began
-    return RenderReport(str(target), clips.frames, video.fps, width, height, job.clips, recording.seconds, seconds)
+    return RenderReport(str(target), clips.frames, video.fps, width, height, job.clips, job.recording.seconds, seconds)
 
 
 def begin(run: Run, folder: Path) -> None:
@@ -204,43 +185,6 @@ def begin(run: Run, folder: Path) -> None:
     run.begin(folder, earlier)
 
 
-def encode(
-    pipeline: S2VPipeline, networks: CheckpointNetworks, request: RenderRequest, recording: Recording
-) -> tuple[Voice, Tensor, Tensor]:
-    """The voice, the prompt and the negative prompt; as an earlier run made them where the request keeps them."""
-
-    def voice() -> dict[str, Tensor]:
-        return {"features": pipeline.encode_voice(recording, folder=Path(request.save_file).absolute().parent).features}
-
-    def texts() -> dict[str, Tensor]:
-        return dict(zip(("prompt", "negative_prompt"), pipeline.encode_prompts(*prompts), strict=True))
-
-    prompts = request.prompt, request.negative_prompt
-    if request.cache_dir is None:
-        heard, read = voice(), texts()
-    else:
-        check_recording(recording)
-        store, (audio_facts, text_facts) = EncodingStore(Path(request.cache_dir)), encoder_facts(networks)
-        heard = store.get("voice", digest_of(audio_facts, recording.speech()), voice)
-        read = store.get("text", digest_of({**text_facts, "prompts": prompts}), texts)
-    return Voice(recording, heard["features"]), read["prompt"], read["negative_prompt"]
-
-
-def encoder_facts(networks: CheckpointNetworks) -> list[dict[str, Any]]:
-    """All that shapes what the audio and the text encoder make besides what they are given, as JSON."""
-    return [
-        {
-            "format": ENCODING_FORMAT,
-            "torch": torch.__version__,
-            "device": networks.device_of(kind).type,
-            "dtype": str(networks.loading.dtype(kind)),
-            "in_8_bits": kind == TEXT_ENCODER and networks.loading.text_in_8_bits,
-            "files": networks.checkpoint.stamps(kind),
-        }
-        for kind in (SPEECH_ENCODER, TEXT_ENCODER)
-    ]
-
-
 def forecast_render(
     request: RenderRequest,
     video: VideoConfig,
@@ -250,9 +194,7 @@ def forecast_render(
 ) -> list[StageForecast]:
     """What the stages of `render` would take now; nothing is loaded or written."""
     networks = request.networks(acceleration, limits)
-    recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    size, geometry = size_of_video(read_picture(request.image), video), ClipGeometry(video.clip_frames)
-    return forecast(networks, JobFacts(*size, recording.seconds, geometry, sampling, bool(request.pose_video)))
+    return forecast(networks, request.inputs(video.fps).facts(video, sampling))
 
 
 def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None:
@@ -262,53 +204,3 @@ def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None
             f"noise_boundary={sampling.noise_boundary} with noise_expert={request.noise_expert}: a second model and "
             "the noise level where it takes over go together. Give both, or neither."
         )
-
-
-def clips_folder(target: Path) -> Path:
-    """Where the finished clips of a video are kept until it is complete."""
-    return target.with_name(f"{target.name}.clips")
-
-
-def check_earlier(folder: Path, sampling: SamplingConfig, routing: ExpertRouting) -> None:
-    """Tell early, before networks are loaded, that the clips in the way are not the beginning of this video.
-
-    Raises:
-        ConfigError: if there are any that this run cannot go on from, as far as the settings of the first show.
-    """
-    check_ours(folder)
-    before = recorded_settings(folder)
-    asked = json.loads(json.dumps({"sampling": sampling.to_dict(), "routing": routing.to_dict()}))
-    if before and any(before.get(name) != value for name, value in asked.items()):
-        check_unused(folder)
-
-
-def earlier_seed(target: Path) -> int | None:
-    """The seed of a run for `target` that did not end."""
-    folder = clips_folder(target)
-    sampling = {} if is_saved(folder) else recorded_settings(folder).get("sampling")
-    seed = sampling.get("seed") if isinstance(sampling, dict) else None
-    return seed if isinstance(seed, int) else None
-
-
-def set_apart(earlier: EarlierClips) -> EarlierClips:
-    """Clips of another video behind those that are gone on with are nobody's to overwrite: their folder is renamed."""
-    if earlier.is_all:
-        return earlier
-    number = 1
-    while (aside := folder_set_apart(earlier.folder, number)).exists():
-        number += 1
-    earlier.folder.rename(aside)
-    log.warning("later clips there are of another video: they are now in %s", aside)
-    return replace(earlier, folder=aside)
-
-
-def folder_set_apart(folder: Path, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.{number}")
-
-
-def folders_set_apart(folder: Path) -> list[Path]:
-    """Those that `set_apart` made of a folder: a run that was killed then has its clips there."""
-    found: list[Path] = []
-    while (aside := folder_set_apart(folder, len(found) + 1)).is_dir():
-        found.append(aside)
-    return found

@@ -22,6 +22,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["networks"],
     ["pipeline"],
     ["forecast", "runs"],
+    ["inputs"],
     ["bench", "verify", "inspection", "render", "calibrate"],
     ["cli"],
     ["command"],

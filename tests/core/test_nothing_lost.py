@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from test_generate import command, cut_short, inputs, kept_pictures, make  # noqa: F401  (fixtures)
 
 from wan_s2v_core import cli, pipeline
-from wan_s2v_core import render as rendering
 from wan_s2v_core.config import ExpertRouting, SamplingConfig
 from wan_s2v_core.errors import CheckpointError, ConfigError
 from wan_s2v_core.io import locks
@@ -39,6 +38,7 @@ from wan_s2v_core.io.digest import file_digest
 from wan_s2v_core.io.encodings import EncodingStore
 from wan_s2v_core.io.records import read_record, write_record
 from wan_s2v_core.io.video import VideoWriter, read_header
+from wan_s2v_core.io.video_clips import check_earlier, earlier_seed
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.sampling.clips import clip_noise
@@ -346,7 +346,7 @@ def test_no_edit_by_hand_changes_a_film_or_stops_a_run(good, tmp_path, fresh_see
         assert [store.stored.latents(index).amax().item() for index in range(3)] == [0, 1, 2], what
         motion = store.stored.motion_video()
         assert motion is None or (motion.shape[3:] == SIZE and motion.unique().tolist() == [2.0]), what
-        assert rendering.earlier_seed(tmp_path / "none.mp4") is None
+        assert earlier_seed(tmp_path / "none.mp4") is None
         shutil.rmtree(folder)
 
 
@@ -385,7 +385,7 @@ def test_what_stands_where_clips_go_is_told_before_the_run(kind, tmp_path):
     folder = tmp_path / "clips"
     folder.write_bytes(b"x") if kind == "no folder" else folder.symlink_to(tmp_path / "none")
     with pytest.raises(ConfigError, match=f"clips is {kind}.*Delete it"):
-        rendering.check_earlier(folder, SamplingConfig(), ExpertRouting())
+        check_earlier(folder, SamplingConfig(), ExpertRouting())
     assert os.path.lexists(folder) and not (tmp_path / "none").exists()
 
 
