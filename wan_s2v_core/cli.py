@@ -137,8 +137,7 @@ def run_generate(options: argparse.Namespace) -> int:
         found = forecast_render(request, video, sampling, acceleration, limits)
         print(json.dumps([stage.to_dict() for stage in found]) if options.json else "\n".join(map(str, found)))
         return CHECK_FAILED if any(stage.error for stage in found) else FINE
-    plans = {"routing": routing, "acceleration": acceleration, "limits": limits}
-    return make_video(request, video, sampling, options.json, **plans)
+    return make_video(request, video, sampling, options.json, routing, acceleration, limits)
 
 
 def sampling_of(options: argparse.Namespace, seed: int) -> "SamplingConfig":
@@ -188,13 +187,15 @@ def make_video(
     video: "VideoConfig",
     sampling: "SamplingConfig",
     as_json: bool,
-    **options: "ExpertRouting | AccelerationPlan | MemoryLimits",
+    routing: "ExpertRouting | None" = None,
+    acceleration: "AccelerationPlan | None" = None,
+    limits: "MemoryLimits | None" = None,
 ) -> int:
     from .io.video_clips import clips_folder
     from .render import render
 
     try:
-        report = render(request, video, sampling, None if as_json else show_step, **options)
+        report = render(request, video, sampling, None if as_json else show_step, routing, acceleration, limits)
     except KeyboardInterrupt:
         folder = clips_folder(Path(request.save_file))
         print(f"\nfinished clips: {folder if folder.exists() else 'none'}", file=sys.stderr)

@@ -28,14 +28,13 @@ from .io.locks import held
 from .io.outside import check_path, check_text
 from .io.video import check_target, preset_of
 from .io.video_clips import check_earlier, clips_folder, folders_set_apart, set_apart
-from .networks import NO_LIMITS, CheckpointNetworks
+from .networks import CheckpointNetworks
 from .pipeline import open_checkpoint, usable_device
 from .prepare import AUTO, LoadPlan, plan_loading
-from .runs import NO_ROUTING, Run
+from .runs import Run
 
 log = logging.getLogger(__name__)
 
-AS_IT_IS = AccelerationPlan()
 LONGEST_SECONDS = 1e7
 """Of a recording: a third of a year."""
 FILES = ("checkpoint", "audio", "image", "save_file", "pose_video", "noise_expert", "cache_dir")
@@ -84,7 +83,7 @@ class RenderRequest(JsonConfig):
             if value is not None and not abs(value) <= LONGEST_SECONDS:
                 raise ConfigError(f"{name}={value:g} is no time in a recording. Give seconds, such as 12.5.")
         check_range("split_experts", self.split_experts, 0, MOST_EXPERTS, "Use such as 8, or 0 to leave it whole.")
-        self.loading(AS_IT_IS)
+        self.loading(AccelerationPlan())
 
     def told(self) -> dict[str, Any]:
         """What may be told of it in files: as `to_dict`, but of files and folders their names alone."""
@@ -131,9 +130,9 @@ def render(
     video: VideoConfig,
     sampling: SamplingConfig,
     on_step: Callable[[int, int, int], None] | None = None,
-    routing: ExpertRouting = NO_ROUTING,
-    acceleration: AccelerationPlan = AS_IT_IS,
-    limits: MemoryLimits = NO_LIMITS,
+    routing: ExpertRouting | None = None,
+    acceleration: AccelerationPlan | None = None,
+    limits: MemoryLimits | None = None,
 ) -> RenderReport:
     """Make the video.
 
@@ -146,12 +145,13 @@ def render(
         acceleration: how networks are made faster.
         limits: of memory.
     """
-    began, target = time.monotonic(), Path(request.save_file)
+    began, target, routing = time.monotonic(), Path(request.save_file), routing or ExpertRouting()
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
     with held(folder := clips_folder(target)):
         check_earlier(folder, sampling, routing)
-        inputs, networks = request.inputs(video.fps), request.networks(acceleration, limits)
+        inputs = request.inputs(video.fps)
+        networks = request.networks(acceleration or AccelerationPlan(), limits or MemoryLimits())
         run = Run(networks, sampling, routing, request.keep_clips, request.told())
         encoders = Encoders(run.pipeline, request.cache_dir, target.absolute().parent)
         job = inputs.encoded(encoders, (request.prompt, request.negative_prompt), video)

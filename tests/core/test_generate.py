@@ -184,7 +184,7 @@ def test_presets_are_told_where_they_are_chosen(capsys):
 def make(inputs, tiny_checkpoint):
     """`render` of a video of 37 frames in 2 clips; keyword arguments change its request, and what it samples."""
 
-    def run(name="out.mp4", stop=None, seed=3, acceleration=AccelerationPlan(), **changes):  # noqa: B008  (frozen)
+    def run(name="out.mp4", stop=None, seed=3, acceleration=None, **changes):
         files = (str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / name))
         video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
         seen = []

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wan_s2v_core import runs
 from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, hold_last, make_conditioning
-from wan_s2v_core.conditioning.image import to_frames
 from wan_s2v_core.config import ExpertRouting, SamplingConfig, VideoConfig
 from wan_s2v_core.geometry import ClipGeometry, plan_clips
 from wan_s2v_core.io.audio import Recording
@@ -23,7 +23,7 @@ from wan_s2v_core.io.video import VideoWriter, read_frames
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.networks import CheckpointNetworks
-from wan_s2v_core.pipeline import S2VPipeline, clip_keys
+from wan_s2v_core.pipeline import clip_keys
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
 
@@ -59,14 +59,15 @@ class Run:
     """A video into a folder, going on after what is found in `folders`; `stop` is a clip and a step, from 1."""
 
     def __init__(self, networks, job: S2VConditioning, folder: Path, *folders: Path, stop=None, config=QUICK):
-        keys = clip_keys(job, config, None, networks.checkpoint, networks.loading)
-        self.earlier: EarlierClips | None = find_earlier(folders, keys)
-        self.store = ClipStore(folder, job.video.fps, job.recording, {}, keys, self.earlier)
         self.steps: list[tuple[int, int]] = []
         self.stop = stop
-        pipeline = S2VPipeline(networks)
-        for clip in pipeline.generate(job, config, self.tell, finished=self.store.stored):
-            self.store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
+        run = runs.Run(networks, config)
+        run.accept(job)
+        self.earlier: EarlierClips | None = run.find_earlier(folders)
+        run.begin(folder, self.earlier)
+        self.store = run.store
+        for frames in run.clips(self.tell):
+            assert frames.dtype == torch.uint8
 
     def tell(self, task: ClipTask, step: int, _: Tensor) -> None:
         self.steps.append((task.index + 1, step))
