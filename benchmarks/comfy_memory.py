@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GIGABYTE = 1024**3
 
 
-def load_bridge(comfyui: Path) -> types.ModuleType:
-    """nodes/bridge.py of this checkout, under a name of its own; only what a server would do is left out."""
+def import_pack(comfyui: Path) -> None:
+    """Make nodes/bridge of this checkout importable as wan_s2v; only what a server would do is left out."""
     sys.path.insert(0, str(comfyui))
     sys.argv = sys.argv[:1]  # ComfyUI reads its options from there
     server = types.ModuleType("server")
@@ -29,9 +29,6 @@ def load_bridge(comfyui: Path) -> types.ModuleType:
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
         sys.modules[name] = package
-    from importlib import import_module
-
-    return import_module("wan_s2v.nodes.bridge")
 
 
 class Foreign(nn.Module):
@@ -46,24 +43,29 @@ def on_card(network: nn.Module) -> bool:
     return all(parameter.device.type == "cuda" for parameter in network.parameters())
 
 
-def watch(bridge: types.ModuleType) -> dict[str, object]:
+def watch() -> dict[str, object]:
+    import comfy.model_management as manager
+    from comfy.model_patcher import ModelPatcher
+    from wan_s2v.nodes.bridge.folders import find_model
+    from wan_s2v.nodes.bridge.networks import PLACES, ComfyNetworks, Model
+    from wan_s2v.wan_s2v_core.config import ALWAYS, DEMO
+    from wan_s2v.wan_s2v_core.memory.budget import Planned
     from wan_s2v.wan_s2v_core.model.checkpoint import DIT, VAE
 
-    manager, patcher_of = bridge.manager, bridge.comfy.model_patcher.ModelPatcher
     card, cpu = manager.get_torch_device(), torch.device("cpu")
-    models = [bridge.Model(bridge.find_model(kind, bridge.DEMO)) for kind in (DIT, VAE)]
+    models = [Model(find_model(kind, DEMO)) for kind in (DIT, VAE)]
     facts: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def allocated() -> int:
         return torch.cuda.memory_allocated()
 
     before = allocated()
-    with bridge.ComfyNetworks(*models, offload=True).use(DIT) as dit:
+    with ComfyNetworks(*models, offload=ALWAYS).use(DIT) as dit:
         assert on_card(dit), "a stage begins with its network on the card"
         facts["dit_bytes"] = allocated() - before
     assert not on_card(dit) and allocated() == before, "offload: it leaves after its stage"
 
-    staying = bridge.ComfyNetworks(*models, offload=False)
+    staying = ComfyNetworks(*models)
     with staying.use(DIT) as again:
         assert again is dit, "the same recipe and precision is not loaded twice"
     with staying.use(VAE) as vae:
@@ -75,10 +77,10 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
     with staying.use(DIT):
         pass
     free = manager.get_free_memory(card)
-    foreign = patcher_of(bridge.Placed(bridge.Placement(Foreign(1.0))), card, cpu)
+    foreign = ModelPatcher(Foreign(1.0), card, cpu)
     manager.load_models_gpu([foreign], memory_required=free - GIGABYTE // 2)
     assert not on_card(dit), "ours leaves when another model needs the room"
-    with staying.use(DIT, bridge.Planned(working_bytes=manager.get_free_memory(card) + GIGABYTE // 2)):
+    with staying.use(DIT, Planned(working_bytes=manager.get_free_memory(card) + GIGABYTE // 2)):
         assert on_card(dit) and not on_card(foreign.model), "another one leaves when ours needs the room"
     facts["foreign_left_for_ours"] = True
 
@@ -90,7 +92,7 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
         assert not on_card(dit), "after running out of memory everything has left the card"
     facts["empty_after_out_of_memory"] = True
 
-    with bridge.ComfyNetworks(*models, precision="float8-weights").use(DIT) as small:
+    with ComfyNetworks(*models, precision="float8-weights").use(DIT) as small:
         assert small is not dit and torch.float8_e4m3fn in {p.dtype for p in small.parameters()}
     del dit, small, again, vae
     models.clear()
@@ -98,8 +100,8 @@ def watch(bridge: types.ModuleType) -> dict[str, object]:
     import gc
 
     gc.collect()
-    facts["kept_after_loaders_died"] = len(bridge.PLACES)
-    assert not bridge.PLACES, "networks die with the loaders' outputs that ComfyUI keeps"
+    facts["kept_after_loaders_died"] = len(PLACES)
+    assert not PLACES, "networks die with the loaders' outputs that ComfyUI keeps"
     return facts
 
 
@@ -107,8 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True)
     options = parser.parse_args()
+    import_pack(options.comfyui.resolve())
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        print(json.dumps(watch(load_bridge(options.comfyui.resolve())), indent=1))
+        print(json.dumps(watch(), indent=1))
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ from wan_s2v_core.geometry import frames_of  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.host_memory import free_ram_bytes  # noqa: E402
 from wan_s2v_core.memory.budget import CONTEXT_BYTES, Planned, Room, Sizes, dit_plan  # noqa: E402
-from wan_s2v_core.memory.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.memory.placement import Placement  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
+from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
+from wan_s2v_core.networks import CheckpointNetworks, load_placed  # noqa: E402
 from wan_s2v_core.pipeline import S2VPipeline  # noqa: E402
 
 TIMESTEP = 723.0
@@ -186,7 +187,7 @@ def measure_stages(options: argparse.Namespace, device: torch.device) -> list[di
     for name, (cap, work) in works.items():
         results: dict[float | None, Tensor] = {}
         for size in (None, cap):
-            networks = CheckpointNetworks({}, loading, limits=MemoryLimits(vram_limit_gb=size))
+            networks = CheckpointNetworks(Checkpoint({}), loading, limits=MemoryLimits(vram_limit_gb=size))
             for kind, network in all_networks.items():
                 networks.put(kind, network)
             measured = MeasuredNetworks(networks)
@@ -278,7 +279,7 @@ def measure_ram(options: argparse.Namespace, device: torch.device) -> list[dict[
             release(device)
             with AnonymousPeak() as peak:
                 began = now(device)
-                placement = load_placed(folder, DIT, loading_of("bfloat16", device), packs)
+                placement = load_placed(Checkpoint({DIT: folder}), DIT, loading_of("bfloat16", device), packs)
                 row = {"file_bytes": size, "packs": packs, "load_seconds": now(device) - began}
             row["most_loading_bytes"] = peak.bytes
             if not packs:

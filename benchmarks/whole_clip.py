@@ -39,13 +39,14 @@ from wan_s2v_core.config import ALWAYS, AUTO, DEFAULT_NEGATIVE_PROMPT, MemoryLim
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP  # noqa: E402
 from wan_s2v_core.io.audio import read_recording  # noqa: E402
 from wan_s2v_core.io.clip_store import ClipStore  # noqa: E402
+from wan_s2v_core.io.film import write_film  # noqa: E402
 from wan_s2v_core.io.video import probe_video  # noqa: E402
-from wan_s2v_core.memory.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.model.checkpoint import VAE  # noqa: E402
 from wan_s2v_core.model.loading import find_part  # noqa: E402
+from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
+from wan_s2v_core.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.prepare import plan_loading  # noqa: E402
-from wan_s2v_core.render import write_video  # noqa: E402
 
 VAE_SIZES = ((832, 480), (1280, 704))
 COPY_BYTES = 4 << 30
@@ -86,7 +87,7 @@ def reset_peak() -> None:
 def random_networks(sizes: dict[str, Any], precision: str, device: torch.device, offload: bool) -> CheckpointNetworks:
     """All four, resting where offload or its absence has them."""
     loading = plan_loading(precision, device)
-    networks = CheckpointNetworks({}, loading, ALWAYS if offload else AUTO)
+    networks = CheckpointNetworks(Checkpoint({}), loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else device
     for kind in sizes:
         networks.put(kind, random_network(kind, sizes[kind], loading, home))
@@ -144,7 +145,7 @@ def make_video(
                 store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
             finite = finite and bool(clip.latents.isfinite().all())
         with networks.without_network("write mp4"):
-            write_video(target, store.stored, {"comment": json.dumps(settings)})
+            write_film(target, store.stored, {"comment": json.dumps(settings)})
         total = now() - began
         facts = asdict(probe_video(target)) | {"bytes": target.stat().st_size}
     return {

@@ -29,7 +29,7 @@ from wan_s2v_core.config import S2VModelConfig  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, VAE  # noqa: E402
 from wan_s2v_core.model.dit import S2VTransformer  # noqa: E402
 from wan_s2v_core.model.loading import load  # noqa: E402
-from wan_s2v_core.pipeline import check_parts  # noqa: E402
+from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
 
 LARGEST_BYTES = 14_000_000
 RECORDS = HERE / "trained"
@@ -68,7 +68,7 @@ def check(folder: Path) -> dict[str, int]:
     Raises:
         SystemExit: if the folder is larger than what the pack may carry.
     """
-    check_parts(dict.fromkeys(PART_LABELS, folder))
+    Checkpoint(dict.fromkeys(PART_LABELS, folder)).check()
     counts = {kind: sum(p.numel() for p in load(folder, kind, torch.float32).parameters()) for kind in PART_LABELS}
     if (size := size_of(folder)) > LARGEST_BYTES:
         raise SystemExit(f"{folder} has {size / 1e6:.1f} MB, more than {LARGEST_BYTES / 1e6:.0f}. Train a smaller DiT.")

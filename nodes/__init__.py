@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
 from .accelerate import Speed
-from .bridge import import_when_idle
+from .bridge.warm_up import import_when_idle
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
 from .forecast import add_route as add_memory_route

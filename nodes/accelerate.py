@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..wan_s2v_core.acceleration.attention.registry import AUTO_8, BACKENDS, CHOICES
 from ..wan_s2v_core.config import AUTO, SPARSE_CHOICES, VAE_WAYS, AccelerationPlan, check_choice
-from . import bridge
+from .bridge.networks import Model
 from .sockets import S2VModel, check_link, found_by
 
 CATEGORY = "WanS2V/speed"
@@ -90,7 +90,7 @@ class Speed(io.ComfyNode):
     def execute(
         cls, model, attention, sparse_keep, sparse_by, sparse_dense_steps, sparse_dense_blocks, fused, vae
     ) -> io.NodeOutput:
-        check_link("model", model, bridge.Model)
+        check_link("model", model, Model)
         check_choice("attention", attention, CHOICES)
         plan = AccelerationPlan(
             attention=attention,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..wan_s2v_core.io.clip_store import ClipStore, clip_path, sound_of
 from ..wan_s2v_core.io.small_film import write_small_film
-from . import bridge
+from .bridge.clips import CLIPS_FOLDER
+from .bridge.messages import CLIP, tell
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,12 @@ class ClipFilms:
 
     def __init__(self, node_id: str, store: ClipStore, clips: int):
         self.node_id, self.store, self.clips = node_id, store, clips
-        self.root = Path(folder_paths.get_temp_directory()) / bridge.CLIPS_FOLDER
+        self.root = Path(folder_paths.get_temp_directory()) / CLIPS_FOLDER
         self.folder = self.root / store.folder.name
         self.failed = False
         finished = len(store.clip_frames)
         films = [self._entry(index) for index in range(finished) if self._path(index).is_file()]
-        bridge.tell(bridge.CLIP, node_id, clips=clips, finished=finished, films=films, begins=True)
+        tell(CLIP, node_id, clips=clips, finished=finished, films=films, begins=True)
 
     def add(self, frames: Tensor) -> None:
         """Make the film of the clip that the store took last: T H W 3 uint8."""
@@ -49,14 +50,14 @@ class ClipFilms:
         except Exception as error:  # a film to look at never ends a run of hours, whatever an encoder raises
             self.failed = True
             log.warning("finished clips are not shown in the page (%s); the run goes on", error)
-        bridge.tell(bridge.CLIP, self.node_id, clips=self.clips, finished=index + 1, films=films)
+        tell(CLIP, self.node_id, clips=self.clips, finished=index + 1, films=films)
 
     def _path(self, index: int) -> Path:
         return clip_path(self.folder, index, ".mp4")
 
     def _entry(self, index: int) -> dict[str, str | int]:
         """What ComfyUI's own /view route needs to know of a film."""
-        subfolder = f"{bridge.CLIPS_FOLDER}/{self.folder.name}"
+        subfolder = f"{CLIPS_FOLDER}/{self.folder.name}"
         return {"clip": index, "filename": self._path(index).name, "subfolder": subfolder, "type": "temp"}
 
     def _make_folder(self) -> None:

@@ -9,9 +9,12 @@ from comfy_api.latest import InputImpl, io, ui
 from ..wan_s2v_core.config import check_choice
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.clip_store import StoredClips
+from ..wan_s2v_core.io.film import write_film
 from ..wan_s2v_core.io.video import DEFAULT_PRESET, video_preset, video_presets
-from ..wan_s2v_core.render import write_video
-from . import bridge
+from .bridge.clips import in_use, let_go
+from .bridge.messages import frame_reporter, shown_in
+from .bridge.networks import free_ram_bytes
+from .bridge.outputs import check_prefix, new_output
 from .made import MADE
 from .sockets import S2VClips, audio_of, check_link, found_by
 
@@ -41,14 +44,14 @@ class DecodeClips(io.ComfyNode):
     def execute(cls, clips) -> io.NodeOutput:
         check_link("clips", clips, StoredClips)
         needed = BYTES_PER_VALUE * 3 * clips.frames * clips.width_px * clips.height_px
-        if needed > (free := bridge.free_ram_bytes()):
+        if needed > (free := free_ram_bytes()):
             raise ConfigError(
                 f"{clips.frames} frames of {clips.width_px}x{clips.height_px} px take {needed / 1e9:.1f} GB as images, "
                 f"{free / 1e9:.1f} GB of main memory is free. Use Wan S2V Save Video, which writes clip after clip."
             )
         images = torch.empty(clips.frames, clips.height_px, clips.width_px, 3)
         position = 0
-        with bridge.in_use(clips):
+        with in_use(clips):
             for frames in clips:
                 torch.div(frames, 255, out=images[position : position + len(frames)])
                 position += len(frames)
@@ -89,7 +92,7 @@ class SaveVideo(io.ComfyNode):
     def validate_inputs(cls, filename_prefix=None):
         """Told before the long run that comes first; None where another node gives the name, or nobody does."""
         try:
-            bridge.check_prefix(filename_prefix or "later")
+            check_prefix(filename_prefix or "later")
         except ConfigError as error:
             return str(error)
         return True
@@ -104,19 +107,19 @@ class SaveVideo(io.ComfyNode):
         check_link("clips", clips, StoredClips)
         check_choice("format", format, video_presets())
         suffix, size = video_preset(format).suffix, (clips.width_px, clips.height_px)
-        output = bridge.new_output(filename_prefix, suffix, *size)
-        with bridge.in_use(clips), output as (path, subfolder):
-            write_video(path, clips, cls._metadata(), bridge.frame_reporter(clips.frames))
-        bridge.let_go(clips)
+        output = new_output(filename_prefix, suffix, *size)
+        with in_use(clips), output as (path, subfolder):
+            write_film(path, clips, cls._metadata(), frame_reporter(clips.frames))
+        let_go(clips)
         node = cls.hidden.unique_id
-        MADE.note([node, bridge.shown_in(node)], [path], may_change=True)
+        MADE.note([node, shown_in(node)], [path], may_change=True)
         shown = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([shown]))
 
     @classmethod
-    def _metadata(cls) -> dict[str, str]:
-        """The prompt and the workflow, as ComfyUI stores them, unless the server was told to store none."""
+    def _metadata(cls) -> dict[str, str] | None:
+        """The prompt and the workflow, as ComfyUI stores them; None where the server was told to store nothing."""
         if args.disable_metadata:
-            return {}
+            return None
         found = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         return {name: json.dumps(value) for name, value in found.items() if value is not None}

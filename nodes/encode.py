@@ -10,7 +10,9 @@ from ..wan_s2v_core.io.audio import LARGEST_GAIN_DB, as_voice
 from ..wan_s2v_core.io.foreign import AUDIO, recording_of
 from ..wan_s2v_core.pipeline import S2VPipeline
 from ..wan_s2v_core.prepare import AUTO, TEXT_PRECISIONS
-from . import bridge
+from .bridge.folders import temp_folder
+from .bridge.messages import TIMELINE, say, tell
+from .bridge.networks import ComfyNetworks, Model, check_interrupt
 from .sockets import (
     S2VAudioEncoder,
     S2VConditioningSocket,
@@ -79,13 +81,13 @@ class EncodeAudio(io.ComfyNode):
 
     @classmethod
     def execute(cls, audio_encoder, audio, start_seconds, seconds, gain_db, normalize) -> io.NodeOutput:
-        check_link("audio_encoder", audio_encoder, bridge.Model)
+        check_link("audio_encoder", audio_encoder, Model)
         recording = as_voice(recording_of(audio).cut(start_seconds, seconds or None), AUDIO)
         if normalize:
             recording = recording.levelled()
         heard = recording.amplified(gain_db)  # by those who watch the video
-        pipeline = S2VPipeline(bridge.ComfyNetworks(audio_encoder), bridge.check_interrupt)
-        voice = pipeline.encode_voice(recording, folder=bridge.temp_folder())
+        pipeline = S2VPipeline(ComfyNetworks(audio_encoder), check_interrupt)
+        voice = pipeline.encode_voice(recording, folder=temp_folder())
         return io.NodeOutput(replace(voice, recording=heard))
 
 
@@ -157,10 +159,10 @@ class EncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder, prompt, negative_prompt, device, text_precision=AUTO) -> io.NodeOutput:
-        check_link("text_encoder", text_encoder, bridge.Model)
+        check_link("text_encoder", text_encoder, Model)
         check_choice("device", device, TEXT_DEVICES)
-        networks = bridge.ComfyNetworks(text_encoder, on_cpu=device == MEMORY, text_precision=text_precision)
-        texts = S2VPipeline(networks, bridge.check_interrupt).encode_prompts(prompt, negative_prompt)
+        networks = ComfyNetworks(text_encoder, on_cpu=device == MEMORY, text_precision=text_precision)
+        texts = S2VPipeline(networks, check_interrupt).encode_prompts(prompt, negative_prompt)
         return io.NodeOutput(*([[embeddings, {}]] for embeddings in texts))
 
 
@@ -273,9 +275,9 @@ class Conditioning(io.ComfyNode):
         made = make_conditioning(picture_of(picture), voice, *texts, video, pose)
         rows, columns = made.size_px
         seconds = made.plan.frames / fps
-        bridge.say(
+        say(
             cls.hidden.unique_id,
             f"{made.plan.frames} frames, {seconds:.1f} s, {columns}x{rows} px, {made.clips} clips",
         )
-        bridge.tell(bridge.TIMELINE, cls.hidden.unique_id, plan=timeline_of(made))
+        tell(TIMELINE, cls.hidden.unique_id, plan=timeline_of(made))
         return io.NodeOutput(made)

@@ -28,7 +28,8 @@ from ..wan_s2v_core.forecast import JobFacts, StageForecast, forecast
 from ..wan_s2v_core.geometry import ClipGeometry
 from ..wan_s2v_core.memory.budget import Sizes
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from . import bridge
+from .bridge.folders import MODEL_FOLDERS, checkpoint_choices, find_model, model_choices
+from .bridge.networks import ComfyNetworks, Model
 from .encode import CARD, EXACT, MEMORY, TEXT_DEVICES
 from .limits import DECIDED, limits_of, of_other_stages
 from .timeline import OutsideError, asked_timeline, number
@@ -46,7 +47,7 @@ SIZES: dict[tuple, Sizes] = {}
 """Of networks that were asked about lately: to measure a large one takes a second."""
 
 
-class Networks(bridge.ComfyNetworks):
+class Networks(ComfyNetworks):
     """Those of a run that has not begun. Their sizes are kept here, since no loader keeps their places."""
 
     def sizes(self, name: str) -> Sizes:
@@ -83,7 +84,7 @@ async def answer(request: web.Request) -> web.Response:
 
 def without_folders(text: str) -> str:
     """A message without the folders of models: where the server keeps its files is not for a page to know."""
-    folders = [folder for name in bridge.MODEL_FOLDERS.values() for folder in folder_paths.get_folder_paths(name)]
+    folders = [folder for name in MODEL_FOLDERS.values() for folder in folder_paths.get_folder_paths(name)]
     for folder in sorted((*folders, str(embedded(CHECKPOINT).parent)), key=len, reverse=True):
         for one in (folder, str(Path(folder).resolve())):
             text = text.replace(one + os.sep, "")
@@ -100,7 +101,7 @@ def asked_forecast(query: Mapping[str, str]) -> dict[str, Any]:
     limits, acceleration, job = asked_limits(query), asked_acceleration(query), asked_job(query)
     models = asked_models(query)
     if DIT in models:
-        models[DIT] = bridge.Model(models[DIT].recipe, acceleration, limits=limits)
+        models[DIT] = Model(models[DIT].recipe, acceleration, limits=limits)
     text_device = query.get("text_device", CARD)
     check_choice("text_device", text_device, TEXT_DEVICES)
     options = {  # each node that runs a stage has networks of its own
@@ -127,7 +128,7 @@ def device_facts(stages: list[StageForecast]) -> dict[str, Any] | None:
     return {"name": name, "total_bytes": int(manager.get_total_memory(device)), "usable_bytes": min(rooms)}
 
 
-def asked_models(query: Mapping[str, str]) -> dict[str, bridge.Model]:
+def asked_models(query: Mapping[str, str]) -> dict[str, Model]:
     """The networks that a query names, by kind.
 
     Raises:
@@ -135,14 +136,14 @@ def asked_models(query: Mapping[str, str]) -> dict[str, bridge.Model]:
     """
     names = {kind: query[name] for kind, name in INPUTS.items() if name in query}
     if "checkpoint" in query or not names:
-        whole = query.get("checkpoint", bridge.checkpoint_choices()[0])
-        check_choice("checkpoint", whole, bridge.checkpoint_choices())
+        whole = query.get("checkpoint", checkpoint_choices()[0])
+        check_choice("checkpoint", whole, checkpoint_choices())
         names = dict.fromkeys(INPUTS, whole) | names
     for kind, name in names.items():
-        if name not in bridge.model_choices(kind):
-            folder = bridge.MODEL_FOLDERS[kind]
+        if name not in model_choices(kind):
+            folder = MODEL_FOLDERS[kind]
             raise ConfigError(f"{INPUTS[kind]}={name!r} is not among the models in {folder}. Press R and choose again.")
-    return {kind: bridge.Model(bridge.find_model(kind, name)) for kind, name in names.items()}
+    return {kind: Model(find_model(kind, name)) for kind, name in names.items()}
 
 
 def asked_job(query: Mapping[str, str]) -> JobFacts:

@@ -6,7 +6,9 @@ from ..wan_s2v_core.assets import PORTRAIT, VOICE, embedded
 from ..wan_s2v_core.conditioning.image import read_picture
 from ..wan_s2v_core.io.audio import read_recording
 from ..wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from . import bridge
+from .bridge.folders import MODEL_FOLDERS, checkpoint_choices, find_model, model_choices, stamp_of
+from .bridge.networks import Model
+from .bridge.warm_up import warm_up
 from .sockets import S2VAudioEncoder, S2VModel, S2VTextEncoder, S2VVae, audio_of, found_by
 
 CATEGORY = "WanS2V/loaders"
@@ -25,7 +27,7 @@ class LoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=bridge.checkpoint_choices(),
+                    options=checkpoint_choices(),
                     tooltip="Official folders in models/diffusion_models, and the tiny demo that comes with the pack.",
                 )
             ],
@@ -39,12 +41,12 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
-        return bridge.stamp_of(*(bridge.find_model(kind, checkpoint) for kind in bridge.MODEL_FOLDERS))
+        return stamp_of(*(find_model(kind, checkpoint) for kind in MODEL_FOLDERS))
 
     @classmethod
     def execute(cls, checkpoint) -> io.NodeOutput:
-        bridge.warm_up()
-        return io.NodeOutput(*(bridge.Model(bridge.find_model(kind, checkpoint)) for kind in bridge.MODEL_FOLDERS))
+        warm_up()
+        return io.NodeOutput(*(Model(find_model(kind, checkpoint)) for kind in MODEL_FOLDERS))
 
 
 class LoadOne(io.ComfyNode):
@@ -58,7 +60,7 @@ class LoadOne(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        folder = bridge.MODEL_FOLDERS[cls.KIND]
+        folder = MODEL_FOLDERS[cls.KIND]
         return io.Schema(
             node_id=cls.NODE_ID,
             display_name=f"Wan S2V Load {cls.NAME}",
@@ -68,7 +70,7 @@ class LoadOne(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=bridge.model_choices(cls.KIND),
+                    options=model_choices(cls.KIND),
                     tooltip=f"Files in models/{folder}; R refreshes.",
                 )
             ],
@@ -77,12 +79,12 @@ class LoadOne(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name):
-        return bridge.stamp_of(bridge.find_model(cls.KIND, name))
+        return stamp_of(find_model(cls.KIND, name))
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
-        bridge.warm_up()
-        return io.NodeOutput(bridge.Model(bridge.find_model(cls.KIND, name)))
+        warm_up()
+        return io.NodeOutput(Model(find_model(cls.KIND, name)))
 
 
 class LoadModel(LoadOne):

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..wan_s2v_core.config import AUTO, WEIGHT_PLACES
-from . import bridge
+from .bridge.networks import Model
 from .limits import DECIDED, MEMORY_NODE, PROFILES, limits_of
 from .sockets import S2VModel, check_link, found_by
 
@@ -77,7 +77,7 @@ class Memory(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, profile, vram_limit_gb, resident_blocks, slice_tokens, vae_tile, weights) -> io.NodeOutput:
-        check_link("model", model, bridge.Model)
+        check_link("model", model, Model)
         return io.NodeOutput(
             model.with_limits(limits_of(profile, vram_limit_gb, resident_blocks, slice_tokens, vae_tile, weights))
         )

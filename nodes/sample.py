@@ -1,12 +1,9 @@
 """All clips of a video, each carrying its motion into the next."""
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
-from ..wan_s2v_core.acceleration.experts.router import describe_experts
+from ..wan_s2v_core.attach import attention_line
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
-from ..wan_s2v_core.conditioning.image import to_frames
 from ..wan_s2v_core.config import (
     LARGEST_SEED,
     NOISE_BOUNDARY,
@@ -23,15 +20,14 @@ from ..wan_s2v_core.config import (
     preset_lines,
     sampling_preset,
 )
-from ..wan_s2v_core.io.clip_store import ClipStore
-from ..wan_s2v_core.model.checkpoint import DIT
-from ..wan_s2v_core.model.loading import find_part
-from ..wan_s2v_core.pipeline import S2VPipeline, check_fit, check_pair, clip_keys
-from ..wan_s2v_core.prepare import AUTO, PRECISIONS, attention_line, choose_routing, warn_of_cpu
-from . import bridge
+from ..wan_s2v_core.prepare import AUTO, PRECISIONS, warn_of_cpu
+from ..wan_s2v_core.runs import Run
+from .bridge.clips import CLIPS_FOLDER, IN_USE, clips_begun, make_room
+from .bridge.messages import say, step_reporter
+from .bridge.networks import ComfyNetworks, Model, check_interrupt
 from .clip_films import ClipFilms
 from .made import MADE
-from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by
+from .sockets import S2VClips, S2VConditioningSocket, S2VModel, S2VVae, check_link, found_by, latent_of
 
 CATEGORY = "WanS2V/sampling"
 AnyChoice = io.Custom("COMBO")
@@ -78,7 +74,7 @@ class Sample(io.ComfyNode):
             category=CATEGORY,
             **found_by("sampler", "KSampler", "speech to video"),
             description="Makes all clips, each going on from the last. Finished clips are kept on disk, in "
-            f"output/{bridge.CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
+            f"output/{CLIPS_FOLDER}, and the next run with the same inputs goes on after them.",
             inputs=[
                 S2VModel.Input("model"),
                 S2VVae.Input("vae", tooltip="Each clip is decoded, and its end encoded again for the next."),
@@ -225,10 +221,10 @@ class Sample(io.ComfyNode):
         moe_overflow, colour_match=0.0, leftover_gb=50, low_noise_model=None,
         noise_boundary=NOISE_BOUNDARY,
     ) -> io.NodeOutput:  # fmt: skip
-        check_link("model", model, bridge.Model)
-        check_link("vae", vae, bridge.Model)
+        check_link("model", model, Model)
+        check_link("vae", vae, Model)
         if low_noise_model is not None:
-            check_link("low_noise_model", low_noise_model, bridge.Model)
+            check_link("low_noise_model", low_noise_model, Model)
         check_link("conditioning", conditioning, S2VConditioning)
         check_choice("offload", offload, OFFLOADS)
         sampling = SamplingConfig(
@@ -250,45 +246,22 @@ class Sample(io.ComfyNode):
             gate_dropout=moe_gate_dropout,
             gate_dropout_seed=seed if moe_gate_dropout else None,
         )
-        config, heard, text = find_part(model.recipe.path, DIT).config, conditioning.features, conditioning.text
-        check_fit(config, text.shape[-1], heard.shape[2], heard.shape[0])
-        if low_noise_model is not None:
-            check_pair(config, find_part(low_noise_model.recipe.path, DIT).config)
-        usable = choose_routing(config, routing)
-        networks = bridge.ComfyNetworks(model, vae, precision=precision, offload=offload, low_noise=low_noise_model)
-        warn_of_cpu(config, networks.device)
-        plan, attention = networks.acceleration, networks.loading.attention(config)
+        networks = ComfyNetworks(model, vae, precision=precision, offload=offload, low_noise=low_noise_model)
+        run = Run(networks, sampling, routing, keep_clips, check=check_interrupt)
+        warn_of_cpu(run.config, networks.device)
         if model.accelerated_in:
-            bridge.say(model.accelerated_in, attention_line(attention, plan))
-        pipeline = S2VPipeline(networks, bridge.check_interrupt)
-        settings = {
-            "model": Path(model.recipe.path).name,
-            "low_noise_model": None if low_noise_model is None else Path(low_noise_model.recipe.path).name,
-            "video": conditioning.video.to_dict(),
-            "sampling": sampling.to_dict(),
-            "routing": routing.to_dict(),
-            "acceleration": plan.to_dict(),
-            "keep_clips": keep_clips,
-            "clips": conditioning.clips,
-        }
-        job = conditioning.with_held_pose()
-        keys = clip_keys(job, sampling, usable, networks.paths, networks.loading)
-        node = cls.hidden.unique_id
-        with bridge.clips_begun(keys) as (folder, earlier):
-            store = ClipStore(folder, job.video.fps, job.recording, settings, keys, earlier)
-            bridge.make_room(leftover_gb, store.folder)
-            finished = store.stored
-            if finished.clip_frames:
-                bridge.say(node, f"going on after clip {len(finished.clip_frames)} of {job.clips}")
-            report = bridge.step_reporter(node, job, steps, len(finished.clip_frames))
-            films = ClipFilms(node, store, job.clips)
-            for clip in pipeline.generate(job, sampling, report, usable, finished):
-                store.add(frames := to_frames(clip.video[0]), clip.latents, clip.motion_video)
+            say(model.accelerated_in, attention_line(run.attention, networks.loading.acceleration))
+        run.accept(conditioning)
+        node, clips = cls.hidden.unique_id, conditioning.clips
+        with clips_begun(run):
+            make_room(leftover_gb, run.store.folder)
+            if finished := len(run.stored.clip_frames):
+                say(node, f"going on after clip {finished} of {clips}")
+            films = ClipFilms(node, run.store, clips)
+            for frames in run.clips(step_reporter(node, run.job, steps, finished)):
                 films.add(frames)
-            bridge.IN_USE.add(clips := store.stored)
-        if usable:
-            bridge.say(node, f"experts, share of the tokens:\n{pipeline.expert_load}")
-        elif routing != ExpertRouting():
-            bridge.say(node, describe_experts(config))
-        MADE.note([node], clips.files, may_change=False)
-        return io.NodeOutput(clips, bridge.latent_of(clips.latents(job.clips - 1)))
+            IN_USE.add(stored := run.stored)
+        if run.expert_report:
+            say(node, run.expert_report)
+        MADE.note([node], stored.files, may_change=False)
+        return io.NodeOutput(stored, latent_of(stored.latents(clips - 1)))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import comfy.latent_formats
 import torch
 from comfy_api.input import VideoInput
 from comfy_api.latest import InputImpl, io
@@ -71,6 +72,11 @@ def audio_of(recording: Recording, seconds: float) -> dict[str, Any]:
     samples = recording.samples[:, :length]
     filled = torch.nn.functional.pad(samples, (0, length - samples.shape[1]))
     return {"waveform": filled[None], "sample_rate": recording.rate_hz}
+
+
+def latent_of(latents: Tensor) -> dict[str, Tensor]:
+    """Normalised latents of ours as LATENT, which carries them as the VAE gives them."""
+    return {"samples": comfy.latent_formats.Wan21().process_out(latents.float().cpu())}
 
 
 def voice_of(heard: Any, recording: Recording) -> Voice:

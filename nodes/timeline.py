@@ -16,7 +16,7 @@ from ..wan_s2v_core.conditioning.timeline import Loudness, expected_timeline, lo
 from ..wan_s2v_core.config import DEMO, VideoConfig
 from ..wan_s2v_core.errors import ConfigError, WanS2VError, shown
 from ..wan_s2v_core.io.audio import sound_blocks
-from .bridge import input_path
+from .bridge.folders import input_path
 
 ROUTE = "/wan_s2v/timeline"
 LONGEST_SECONDS = 3600

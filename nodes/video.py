@@ -17,7 +17,8 @@ from ..wan_s2v_core.config import (
 from ..wan_s2v_core.errors import ConfigError
 from ..wan_s2v_core.io.video import video_presets
 from ..wan_s2v_core.model.checkpoint import DIT
-from . import bridge
+from .bridge.folders import files_stamp, find_input, find_model, input_choices
+from .bridge.outputs import check_prefix
 from .decode import CATEGORY, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText
 from .load import DemoInputs, LoadCheckpoint
@@ -55,13 +56,13 @@ class TalkingVideo(io.ComfyNode):
                 *inputs_of(LoadCheckpoint, "checkpoint"),
                 io.Combo.Input(
                     "picture",
-                    options=bridge.input_choices("image"),
+                    options=input_choices("image"),
                     upload=io.UploadType.image,
                     tooltip="Who speaks: a file of ComfyUI's input folder. embedded demo is the portrait of the pack.",
                 ),
                 io.Combo.Input(
                     "voice",
-                    options=bridge.input_choices("audio", "video"),
+                    options=input_choices("audio", "video"),
                     upload=io.UploadType.audio,
                     tooltip="The recording, or a video with sound: a file of ComfyUI's input folder. embedded demo is "
                     "the voice of the pack.",
@@ -94,7 +95,7 @@ class TalkingVideo(io.ComfyNode):
     def validate_inputs(cls, picture=None, voice=None, filename_prefix=None, image=None, audio=None):
         """Told before anything runs; None where another node gives the value, or nobody does."""
         try:
-            bridge.check_prefix(filename_prefix or "later")
+            check_prefix(filename_prefix or "later")
             files_of(picture or DEMO, voice or DEMO, image, audio)
         except ConfigError as error:
             return str(error)
@@ -105,7 +106,7 @@ class TalkingVideo(io.ComfyNode):
         """The parts look at their files when they run, which they do when this has changed; and so it has when a video
         that was made of these is gone."""
         given = {"checkpoint": checkpoint, "picture": picture, "voice": voice, "image": image, "audio": audio}
-        files = bridge.files_stamp(*files_of(picture, voice, image, audio))
+        files = files_stamp(*files_of(picture, voice, image, audio))
         return f"{LoadCheckpoint.fingerprint_inputs(checkpoint)} {files} {MADE.losses(given | others)}"
 
     @classmethod
@@ -114,8 +115,8 @@ class TalkingVideo(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         preset, (width, height) = settled(checkpoint, preset, size)
         check_choice("format", format, video_presets())
-        bridge.check_prefix(filename_prefix)
-        bridge.find_model(DIT, checkpoint)
+        check_prefix(filename_prefix)
+        find_model(DIT, checkpoint)
         files_of(picture, voice, image, audio)
         graph = GraphBuilder()
         loaded = add(graph, LoadCheckpoint, checkpoint=checkpoint)
@@ -173,4 +174,4 @@ def files_of(picture: str, voice: str, image, audio) -> list:
         ConfigError: if one is not in ComfyUI's folders.
     """
     chosen = [name for name, link in ((picture, image), (voice, audio)) if not link and name != DEMO]
-    return [bridge.find_input(name) for name in chosen]
+    return [find_input(name) for name in chosen]

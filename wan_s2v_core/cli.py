@@ -68,7 +68,8 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     from .assets import PORTRAIT, embedded
     from .config import AccelerationPlan, ExpertRouting, MemoryLimits, VideoConfig
-    from .render import RenderRequest, earlier_seed, forecast_render
+    from .io.video_clips import earlier_seed
+    from .render import RenderRequest, forecast_render
 
     for flag, needs in NOT_YET.items():
         if getattr(options, flag) and (flag, options.ulysses_size) != ("ulysses_size", 1):  # one card is what there is
@@ -193,7 +194,8 @@ def make_video(
     acceleration: "AccelerationPlan | None" = None,
     limits: "MemoryLimits | None" = None,
 ) -> int:
-    from .render import clips_folder, render
+    from .io.video_clips import clips_folder
+    from .render import render
 
     try:
         report = render(request, video, sampling, None if as_json else show_step, routing, acceleration, limits)

@@ -9,8 +9,8 @@ from .config import S2VModelConfig, SamplingConfig
 from .geometry import PATCH, PIXELS_PER_LATENT, motion_tokens
 from .memory.activations import ClipShape
 from .memory.budget import Choose, dit_plan
-from .memory.networks import Networks
 from .model.dit import ClipCondition, ClipInputs, S2VTransformer
+from .networks import RunNetworks
 from .sampling.denoise import OnStep, denoise
 from .sampling.guidance import classifier_free_guidance, map_needed, needed_branches
 from .sampling.solvers import SolverState, make_solver
@@ -75,14 +75,14 @@ def clip_shape(
     return ClipShape((latent_frames, rows, columns), rows * columns + past, has_pose)
 
 
-def sampling_plan(networks: Networks, shape: ClipShape, config: SamplingConfig) -> Choose:
+def sampling_plan(networks: RunNetworks, shape: ClipShape, config: SamplingConfig) -> Choose:
     """How a clip of that shape can be denoised."""
     dit = networks.dit_config()
     way = replace(networks.loading.forward_way(dit), branches=len(needed_branches(config)))
     return dit_plan(dit, shape, way, networks.limits)
 
 
-def clip_plan(networks: Networks, latents: Tensor, inputs: ClipInputs, config: SamplingConfig) -> Choose:
+def clip_plan(networks: RunNetworks, latents: Tensor, inputs: ClipInputs, config: SamplingConfig) -> Choose:
     """How this clip can be denoised. `latents`: B C F h w."""
     past = 0 if inputs.motion_latents is None else inputs.motion_latents.shape[2]
     frames, height, width = latents.shape[2:]

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from .acceleration.experts.noise import ranges
-from .acceleration.experts.router import routed, take_load
+from .acceleration.experts.router import take_load
 from .attach import NO_ROUTING, attached, techniques
 from .clip_denoiser import clip_denoiser, clip_plan
 from .config import ExpertRouting, OffloadPlan, SamplingConfig
 from .memory.attempts import Attempts
 from .memory.budget import Planned
-from .memory.networks import Networks
 from .memory.stage import placed
 from .model.checkpoint import DIT, PART_LABELS
 from .model.dit import ClipInputs, S2VTransformer
 from .model.experts import ExpertLoad
+from .networks import RunNetworks
 from .sampling.denoise import OnStep, denoise
 from .sampling.solvers import SolverState, make_solver
 from .sampling.sound_results import WatchedSteps
@@ -73,7 +73,7 @@ class LocalSampler:
         check: called before every layer; may raise to stop.
     """
 
-    def __init__(self, networks: Networks, check: Callable[[], None] = lambda: None):
+    def __init__(self, networks: RunNetworks, check: Callable[[], None] = lambda: None):
         self.networks, self.check = networks, check
         self.expert_load = ExpertLoad()
         self._techniques: dict[tuple, tuple[Technique, ...]] = {}
@@ -144,9 +144,7 @@ class LocalSampler:
         self, model: S2VTransformer, memory: OffloadPlan, timesteps: tuple[float, ...], routing: ExpertRouting
     ) -> tuple[Technique, ...]:
         """What a DiT runs with. Made once for each plan, so that the same objects serve all clips."""
-        plan = self.networks.acceleration
-        if plan is None:
-            return (routed(routing),)
+        plan = self.networks.loading.acceleration
         key = plan, memory, timesteps, routing, model.dtype, model.device
         if key not in self._techniques:
             self._techniques = {key: techniques(model, plan, memory, timesteps, routing)}

@@ -9,9 +9,9 @@ from .config import SamplingConfig
 from .errors import WanS2VError
 from .geometry import ClipGeometry, frames_of
 from .memory.budget import TEXT_BYTES, Choose, NoPlanFits, vae_plan, voice_bytes, whole
-from .memory.networks import Networks
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from .networks import RunNetworks
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StageForecast:
         return f"{self.stage}: {' '.join(filter(None, (self.line, self.error and f'({self.error})')))}"
 
 
-def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose]]:
+def stages(networks: RunNetworks, job: JobFacts) -> Iterator[tuple[str, str, Choose]]:
     """Name, network and plans of each stage; those that a run has no network for are left out."""
     geometry, limits = job.geometry, networks.limits
     size = job.height_px, job.width_px
@@ -61,7 +61,7 @@ def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose
     yield "voice", SPEECH_ENCODER, whole(voice_bytes(job.seconds))
     yield "text", TEXT_ENCODER, whole(TEXT_BYTES)
     yield "VAE encode", VAE, vae_plan(past, networks.loading.vae_way, limits)
-    if DIT in networks.names:
+    if DIT in networks.checkpoint.paths:
         shape = clip_shape(
             networks.dit_config(), size, geometry.latent_frames, geometry.motion_latent_frames, job.has_pose
         )
@@ -69,16 +69,16 @@ def stages(networks: Networks, job: JobFacts) -> Iterator[tuple[str, str, Choose
     yield "VAE decode", VAE, vae_plan(clip, networks.loading.vae_way, limits)
 
 
-def forecast(networks: Networks, job: JobFacts) -> list[StageForecast]:
+def forecast(networks: RunNetworks, job: JobFacts) -> list[StageForecast]:
     """The stages of a run with these networks, as they would be planned now. Nothing is loaded."""
     found = []
     for name, kind, choose in stages(networks, job):
-        if kind in networks.names:
+        if kind in networks.checkpoint.paths:
             found.append(forecast_stage(networks, name, kind, choose))
     return found
 
 
-def forecast_stage(networks: Networks, name: str, kind: str, choose: Choose) -> StageForecast:
+def forecast_stage(networks: RunNetworks, name: str, kind: str, choose: Choose) -> StageForecast:
     room, doubt = networks.room(kind), None
     if room.device_bytes is None:
         return StageForecast(name, "in main memory, at full speed", None, None)

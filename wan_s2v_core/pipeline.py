@@ -1,8 +1,8 @@
 """Puts the parts together: a picture, a voice and a prompt become clips. What command line, nodes and tests call."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,14 +14,8 @@ from .conditioning.bundle import S2VConditioning, Voice
 from .conditioning.hearing import hear
 from .conditioning.keys import ClipKeys
 from .conditioning.pose import pose_pixels
-from .config import (
-    AUTO,
-    ExpertRouting,
-    MemoryLimits,
-    S2VModelConfig,
-    SamplingConfig,
-)
-from .errors import BackendUnavailable, CheckpointError, ConfigError
+from .config import AUTO, ExpertRouting, MemoryLimits, SamplingConfig
+from .errors import BackendUnavailable
 from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT, frames_of
 from .io.audio import Recording, check_recording
 from .io.clip_store import StoredClips
@@ -36,16 +30,16 @@ from .memory.budget import (
     voice_bytes,
     whole,
 )
-from .memory.networks import CheckpointNetworks, Networks
 from .memory.stage import placed
 from .memory.vae_room import VaeWork
 from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from .model.dit import ClipInputs
 from .model.experts import ExpertLoad
-from .model.loading import find_part
 from .model.long_speech import WINDOWS, Windows
 from .model.official import check_official
+from .model.parts import Checkpoint
 from .model.vae_parts import VaeParts
+from .networks import CheckpointNetworks, RunNetworks
 from .prepare import LoadPlan, picture_facts, warn_of_cpu
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
 from .sampling.sound_results import check_embeddings, check_numbers, check_pixels
@@ -77,22 +71,6 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def check_parts(paths: Mapping[str, Path]) -> S2VModelConfig:
-    """Whether the networks at `paths` (kind -> file or folder) fit each other, before any of them is loaded; the DiT's
-    config.
-
-    Raises:
-        CheckpointError: if one is missing, or voice or text are of another width than the DiT reads.
-        ConfigError: if there is a second DiT that is not like the first.
-    """
-    text, speech, _ = (find_part(paths[kind], kind).config for kind in (TEXT_ENCODER, SPEECH_ENCODER, VAE))
-    dit = find_part(paths[DIT], DIT).config
-    check_fit(dit, text["d_model"], speech["hidden_size"], speech["num_hidden_layers"] + 1)
-    if LOW_NOISE_DIT in paths:
-        check_pair(dit, find_part(paths[LOW_NOISE_DIT], DIT).config)
-    return dit
-
-
 def open_checkpoint(
     checkpoint: str,
     loading: LoadPlan,
@@ -110,44 +88,23 @@ def open_checkpoint(
     """
     folder = Path(checkpoint)
     check_official(folder)
-    paths = dict.fromkeys(PART_LABELS, folder)
-    if noise_expert:
-        paths[LOW_NOISE_DIT] = Path(noise_expert)
-    warn_of_cpu(check_parts(paths), loading.device)
-    return CheckpointNetworks(paths, loading, offload, text_device, limits)
-
-
-def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_layers: int) -> None:
-    """Raises CheckpointError if the DiT reads other embeddings than the encoders give."""
-    for what, given, wanted in (
-        ("the text encoder gives embeddings of width", text_width, dit.text_width),
-        ("the audio encoder gives features of width", audio_width, dit.audio_width),
-        ("the audio encoder gives layers", audio_layers, dit.audio_layers),
-    ):
-        if given != wanted:
-            raise CheckpointError(f"{what} {given}, the DiT reads {wanted}. Use the parts that came with the DiT.")
-
-
-def check_pair(high: S2VModelConfig, low: S2VModelConfig) -> None:
-    """Raises ConfigError unless the DiT for low noise is built like the one for high noise."""
-    names = [field.name for field in fields(high) if getattr(high, field.name) != getattr(low, field.name)]
-    if names:
-        told = ", ".join(f"{name} {getattr(high, name)} and {getattr(low, name)}" for name in names)
-        raise ConfigError(
-            f"the models for high and low noise differ in {told}. Use two that were trained as a pair, or one alone."
-        )
+    second = {LOW_NOISE_DIT: noise_expert} if noise_expert else {}
+    opened = Checkpoint({**dict.fromkeys(PART_LABELS, folder), **second})
+    opened.check()
+    warn_of_cpu(opened.config(DIT), loading.torch_device)
+    return CheckpointNetworks(opened, loading, offload, text_device, limits)
 
 
 def clip_keys(
     job: S2VConditioning,
     config: SamplingConfig,
     routing: ExpertRouting | None,
-    paths: Mapping[str, Path],
+    checkpoint: Checkpoint,
     loading: LoadPlan,
 ) -> ClipKeys:
-    """The keys of the clips that `generate` makes of this with networks from `paths` (kind -> file or folder)."""
+    """The keys of the clips that `generate` makes of this with networks of a checkpoint."""
     facts = {
-        "networks": picture_facts(paths, loading),
+        "networks": picture_facts(checkpoint, loading),
         "sampling": config.to_dict(),
         "routing": routing and routing.to_dict(),
     }
@@ -167,7 +124,9 @@ class S2VPipeline:
         sampler: who denoises clips; None for this process, with these networks.
     """
 
-    def __init__(self, networks: Networks, check: Callable[[], None] | None = None, sampler: ClipSampler | None = None):
+    def __init__(
+        self, networks: RunNetworks, check: Callable[[], None] | None = None, sampler: ClipSampler | None = None
+    ):
         self.networks, self.check = networks, check or (lambda: None)
         self.sampler = sampler or LocalSampler(networks, self.check)
 

@@ -1,10 +1,9 @@
 """What is done to plain networks before they run, in the one order that composes."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from .acceleration.kernels.trial import kernels_work
 from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
-from .config import AUTO, AccelerationPlan, ExpertRouting, S2VModelConfig, check_choice
+from .config import AUTO, AccelerationPlan, ExpertRouting, JsonConfig, S2VModelConfig, check_choice
 from .memory.activations import ForwardWay
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
-from .model.loading import find_part
+from .model.parts import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -51,41 +50,65 @@ TEXT_PRECISIONS = (AUTO, "float8-weights")
 
 
 @dataclass(frozen=True)
-class LoadPlan:
-    """How the networks of a run are loaded: types, and what is changed before and after there are weights."""
+class LoadPlan(JsonConfig):
+    """How the networks of a run are loaded: types, and what is changed before and after there are weights.
 
-    precision: Precision
-    device: torch.device
+    All of it in names, so that another process can do the same from JSON. What they stand for is derived.
+    """
+
+    precision: str
+    """One of PRECISIONS."""
+    device: str
     """Where they compute."""
     acceleration: AccelerationPlan = field(default_factory=AccelerationPlan)
     """How they are made faster. What concerns the DiT is attached when it is used; see attach.py."""
     text_in_8_bits: bool = False
     """Whether the text encoder has float8 weights."""
+    in_float16: bool = False
+    """Whether what is not in 8 bits is float16, as on GPUs without bfloat16."""
+
+    def __post_init__(self):
+        check_choice("precision", self.precision, PRECISIONS)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoadPlan":
+        acceleration = AccelerationPlan.from_dict(values.get("acceleration", {}))
+        return super().from_dict({**values, "acceleration": acceleration})
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def types(self) -> Precision:
+        """What the precision stands for."""
+        found = PRECISIONS[self.precision]
+        return replace(found, dtype=torch.float16) if self.in_float16 else found
 
     @property
     def has_fast_vae(self) -> bool:
         """Whether the VAE computes in bfloat16; on CPUs other ways are faster."""
         is_wanted = self.acceleration.vae == "bfloat16"
         if self.acceleration.vae == AUTO:
-            is_wanted = self.precision.dtype != torch.float32 and has_bfloat16(self.device)
-        return is_wanted and self.device.type == "cuda"
+            is_wanted = self.types.dtype != torch.float32 and has_bfloat16(self.torch_device)
+        return is_wanted and self.torch_device.type == "cuda"
 
     @property
     def vae_way(self) -> VaeWay | None:
         """How the VAE computes: on cards with a network that can work in parts, elsewhere with diffusers' own."""
-        if self.device.type != "cuda":
+        if self.torch_device.type != "cuda":
             return PLAIN
-        if self.has_fast_vae and has_kernels(self.device):
+        if self.has_fast_vae and has_kernels(self.torch_device):
             return KERNELS
         way = LIBRARY_16 if self.has_fast_vae else LIBRARY_32
         return replace(way, copies=bool(torch.version.hip))
 
     def forward_way(self, config: S2VModelConfig) -> ForwardWay:
         """How a forward of a DiT of that config computes."""
-        linears, plan = self.precision.linears, self.acceleration
-        is_fused = plan.fused and kernels_work(self.device)
+        linears, plan = self.types.linears, self.acceleration
+        is_fused = plan.fused and kernels_work(self.torch_device)
         return ForwardWay(
-            dtype_bytes=self.precision.dtype.itemsize,
+            dtype_bytes=self.types.dtype.itemsize,
             fused=is_fused,
             rows_in_8_bits=bool(linears) and is_product(LINEARS[linears]),
             attention_bits=16 if self.attention(config).is_exact else 8,
@@ -94,11 +117,11 @@ class LoadPlan:
 
     def attention(self, config: S2VModelConfig) -> Chosen:
         """The attention that a DiT of that config gets; see `choose_attention`."""
-        return choose_attention(self.acceleration, config, self.precision.dtype, self.device)
+        return choose_attention(self.acceleration, config, self.types.dtype, self.torch_device)
 
     def dtype(self, kind: str) -> torch.dtype:
         """VAE and audio encoder stay in full precision, as in the reference."""
-        return self.precision.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
+        return self.types.dtype if kind in (DIT, TEXT_ENCODER) else torch.float32
 
     def concerning(self, kind: str) -> tuple:
         """What of this plan makes another network of that kind."""
@@ -109,18 +132,18 @@ class LoadPlan:
             return *general, self.has_fast_vae
         if kind != DIT:
             return general
-        return *general, self.precision
+        return *general, self.types
 
     def prepare(self, kind: str) -> Callable[[nn.Module], None]:
         """To be called on the network of that kind before it has weights."""
         return partial(self._prepare, kind)
 
     def _prepare(self, kind: str, network: nn.Module) -> None:
-        if kind == DIT and self.precision.linears:
-            swap_linears(network, self.precision.linears)
+        if kind == DIT and self.types.linears:
+            swap_linears(network, self.types.linears)
         if kind == TEXT_ENCODER and self.text_in_8_bits:
             swap_text_linears(network)
-        if kind == VAE and self.device.type == "cpu":
+        if kind == VAE and self.torch_device.type == "cpu":
             flatten_convolutions(network)
             swap_channel_norms(network)
 
@@ -128,8 +151,8 @@ class LoadPlan:
         """Change the network of that kind where that needs its weights."""
         if kind == DIT:
             group_products(network)
-        if kind == VAE and self.device.type == "cuda":
-            speed_up(network, self.device, torch.bfloat16 if self.has_fast_vae else torch.float32)
+        if kind == VAE and self.torch_device.type == "cuda":
+            speed_up(network, self.torch_device, torch.bfloat16 if self.has_fast_vae else torch.float32)
 
 
 def choose_attention(
@@ -144,20 +167,20 @@ def choose_attention(
     return choose(plan.attention, Setting(device, dtype, config.head_width), takes_lists=plan.sparse_keep < 1)
 
 
-def picture_facts(paths: Mapping[str, Path], loading: LoadPlan) -> dict[str, Any]:
+def picture_facts(checkpoint: Checkpoint, loading: LoadPlan) -> dict[str, Any]:
     """All about the networks of a run that shapes its pictures, as JSON: which files they are, and how they compute."""
-    dits = [name for name in (DIT, LOW_NOISE_DIT) if name in paths]
-    parts = {name: find_part(paths[name], kind_of(name)) for name in (*dits, VAE)}
+    parts = [name for name in (DIT, LOW_NOISE_DIT, VAE) if name in checkpoint.paths]
+    config = checkpoint.config(DIT)
     return {
         "torch": torch.__version__,
-        "device": loading.device.type,
-        "linears": loading.precision.linears,
-        "attention": attention_kind(loading.attention(parts[DIT].config)),
+        "device": loading.torch_device.type,
+        "linears": loading.types.linears,
+        "attention": attention_kind(loading.attention(config)),
         "sparse": sparse_facts(loading.acceleration),
         "has_fast_vae": loading.has_fast_vae,
         "dtypes": {name: str(loading.dtype(kind_of(name))) for name in parts},
-        "files": {name: [file_stamp(file) for file in part.weights.files] for name, part in parts.items()},
-        "dit": parts[DIT].config.to_dict(),
+        "files": {name: checkpoint.stamps(name) for name in parts},
+        "dit": config.to_dict(),
     }
 
 
@@ -179,15 +202,9 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def file_stamp(path: Path) -> tuple[str, int, int]:
-    """Changes when a file is replaced."""
-    facts = path.stat()
-    return str(path.resolve()), facts.st_size, facts.st_mtime_ns
-
-
 def plan_loading(
     precision: str,
-    device: torch.device,
+    device: str | torch.device,
     acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
     text_precision: str = AUTO,
 ) -> LoadPlan:
@@ -201,14 +218,14 @@ def plan_loading(
     """
     check_choice("precision", precision, (AUTO, *PRECISIONS))
     check_choice("text_precision", text_precision, TEXT_PRECISIONS)
+    device = torch.device(device)
     if precision == AUTO:
         precision = auto_precision(device)
-    chosen = PRECISIONS[precision]
-    if chosen.linears:
-        check_device(chosen.linears, device)
-        if auto_precision(device) == "float16":  # of 8-bit weights, what the rest of the network is
-            chosen = replace(chosen, dtype=torch.float16)
-    return LoadPlan(chosen, device, acceleration, text_precision != AUTO)
+    in_float16 = False
+    if linears := PRECISIONS[precision].linears:
+        check_device(linears, device)
+        in_float16 = auto_precision(device) == "float16"  # what the rest of the network is
+    return LoadPlan(precision, str(device), acceleration, text_precision != AUTO, in_float16)
 
 
 def auto_precision(device: torch.device) -> str:

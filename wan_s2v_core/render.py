@@ -4,15 +4,10 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .conditioning.bundle import Voice, make_conditioning, size_of_video
-from .conditioning.image import read_picture, to_frames
 from .config import (
     DEFAULT_NEGATIVE_PROMPT,
     AccelerationPlan,
@@ -23,38 +18,21 @@ from .config import (
     VideoConfig,
 )
 from .errors import ConfigError
-from .forecast import JobFacts, StageForecast, forecast
-from .geometry import ClipGeometry
-from .io.audio import Recording, check_recording, read_recording
-from .io.clip_store import (
-    ClipStore,
-    EarlierClips,
-    StoredClips,
-    check_ours,
-    check_unused,
-    find_earlier,
-    is_saved,
-    read_settings,
-    recorded_settings,
-)
-from .io.digest import digest_of
-from .io.encodings import EncodingStore
+from .forecast import StageForecast, forecast
+from .inputs import Encoders, Inputs, read_inputs
+from .io.clip_store import keeps_clips, read_settings
+from .io.film import write_film
 from .io.locks import held
 from .io.outside import check_path, check_text
-from .io.video import DrivingVideo, VideoWriter, check_target, preset_of
-from .memory.networks import CheckpointNetworks
-from .model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
-from .model.loading import find_part
-from .pipeline import S2VPipeline, clip_keys, open_checkpoint, usable_device
-from .prepare import AUTO, LoadPlan, choose_routing, file_stamp, plan_loading
-from .sampling.clips import ClipTask
+from .io.video import check_target, preset_of
+from .io.video_clips import check_earlier, clips_folder, folders_set_apart, set_apart
+from .networks import CheckpointNetworks
+from .pipeline import open_checkpoint, usable_device
+from .prepare import AUTO, LoadPlan, plan_loading
+from .runs import Run
 
 log = logging.getLogger(__name__)
 
-ENCODING_FORMAT = 2
-"""To be raised when encoders make something else of the same."""
-FRAMES_AT_ONCE = 8
-"""Written between two looks at whether to stop."""
 LONGEST_SECONDS = 1e7
 """Of a recording: a third of a year."""
 FILES = ("checkpoint", "audio", "image", "save_file", "pose_video", "noise_expert", "cache_dir")
@@ -113,6 +91,16 @@ class RenderRequest(JsonConfig):
         device = usable_device(self.device)
         return plan_loading(self.precision, device, acceleration, self.text_precision)
 
+    def inputs(self, fps: float) -> Inputs:
+        """What it is made from, read from files; driving videos for frames at `fps`."""
+        part = self.audio, self.audio_start, self.audio_seconds
+        return read_inputs(*part, self.image, self.pose_video, fps)
+
+    def networks(self, acceleration: AccelerationPlan, limits: MemoryLimits) -> CheckpointNetworks:
+        """Found and checked, but not loaded."""
+        loading, text_device = self.loading(acceleration), "cpu" if self.text_on_cpu else None
+        return open_checkpoint(self.checkpoint, loading, self.offload, text_device, self.noise_expert, limits)
+
 
 @dataclass(frozen=True)
 class RenderReport:
@@ -152,114 +140,44 @@ def render(
         acceleration: how networks are made faster.
         limits: of memory.
     """
-    target = Path(request.save_file)
+    began, target, routing = time.monotonic(), Path(request.save_file), routing or ExpertRouting()
     check_noise_expert(request, sampling)
     check_target(target, preset_of(target))
-    with held(clips_folder(target)):
-        return render_held(request, video, sampling, on_step, routing, acceleration, limits)
+    with held(folder := clips_folder(target)):
+        check_earlier(folder, sampling, routing)
+        inputs = request.inputs(video.fps)
+        networks = request.networks(acceleration or AccelerationPlan(), limits or MemoryLimits())
+        run = Run(networks, sampling, routing, request.keep_clips, request.told())
+        encoders = Encoders(run.pipeline, request.cache_dir, target.absolute().parent)
+        job = inputs.encoded(encoders, (request.prompt, request.negative_prompt), video)
+        height, width = job.size_px
+        log.info("%d frames of %dx%d px in %d clips", job.plan.frames, width, height, job.clips)
+        run.accept(job)
+        begin(run, folder)
 
-
-def render_held(
-    request: RenderRequest,
-    video: VideoConfig,
-    sampling: SamplingConfig,
-    on_step: Callable[[int, int, int], None] | None,
-    routing: ExpertRouting | None,
-    acceleration: AccelerationPlan | None,
-    limits: MemoryLimits | None,
-) -> RenderReport:
-    """As `render`, where no other run works for the same file."""
-    began, target = time.monotonic(), Path(request.save_file)
-    routing, acceleration = routing or ExpertRouting(), acceleration or AccelerationPlan()
-    limits = limits or MemoryLimits()
-    settings = {
-        "request": request.told(),
-        "video": video.to_dict(),
-        "sampling": sampling.to_dict(),
-        "routing": routing.to_dict(),
-        "acceleration": acceleration.to_dict(),
-        "limits": limits.to_dict(),
-    }
-    comment = json.dumps(settings, ensure_ascii=False)
-    folder = clips_folder(target)
-    check_earlier(folder, settings)
-    recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    picture = read_picture(request.image)
-    pose = DrivingVideo(request.pose_video, video.fps) if request.pose_video else None
-
-    loading = request.loading(acceleration)
-    text_device = "cpu" if request.text_on_cpu else None
-    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
-    pipeline, config = S2VPipeline(networks), find_part(request.checkpoint, DIT).config
-    loading.attention(config)  # a wrong one is told before anything loads
-    usable = choose_routing(config, routing)
-    voice, text, negative_text = encode(pipeline, networks, request, recording)
-    conditioning = make_conditioning(picture, voice, text, negative_text, video, pose).with_held_pose()
-    height, width = conditioning.size_px
-    log.info("%d frames of %dx%d px in %d clips", conditioning.plan.frames, width, height, conditioning.clips)
-
-    keys = clip_keys(conditioning, sampling, usable, networks.paths, networks.loading)
-    earlier = find_earlier([folder, *folders_set_apart(folder)], keys, keys.size)
-    keeps = request.keep_clips
-    if earlier:
-        log.warning("going on after clip %d of %d, from %s", earlier.clips, conditioning.clips, earlier.folder)
-        if earlier.folder == folder:
-            keeps = keeps or keeps_clips(folder)
-            earlier = set_apart(earlier)
-    settings["keep_clips"] = keeps
-    store = ClipStore(folder, video.fps, recording, settings, keys, earlier)
-
-    def tell(task: ClipTask, step: int, _: Tensor) -> None:
-        if on_step:
-            on_step(task.index + 1, conditioning.clips, step)
-
-    for clip in pipeline.generate(conditioning, sampling, tell, usable, store.stored):
-        store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
-    write_video(target, store.stored, {"comment": comment} if request.metadata else {})
-    if not keeps:
-        store.stored.remove()
-    if usable:
-        log.warning("experts, share of the tokens:\n%s", pipeline.expert_load)
+        tell = on_step and (lambda task, step, _: on_step(task.index + 1, job.clips, step))
+        for _ in run.clips(tell):
+            pass
+        clips = run.stored
+        comment = {"comment": json.dumps(run.settings, ensure_ascii=False)}
+        write_film(target, clips, comment if request.metadata else None)
+        if not run.keep_clips:
+            clips.remove()
+    if run.routing:
+        log.warning(run.expert_report)
     seconds = time.monotonic() - began
-    frames, clips = store.stored.frames, conditioning.clips
-    return RenderReport(str(target), frames, video.fps, width, height, clips, recording.seconds, seconds)
+    return RenderReport(str(target), clips.frames, video.fps, width, height, job.clips, job.recording.seconds, seconds)
 
 
-def encode(
-    pipeline: S2VPipeline, networks: CheckpointNetworks, request: RenderRequest, recording: Recording
-) -> tuple[Voice, Tensor, Tensor]:
-    """The voice, the prompt and the negative prompt; as an earlier run made them where the request keeps them."""
-
-    def voice() -> dict[str, Tensor]:
-        return {"features": pipeline.encode_voice(recording, folder=Path(request.save_file).absolute().parent).features}
-
-    def texts() -> dict[str, Tensor]:
-        return dict(zip(("prompt", "negative_prompt"), pipeline.encode_prompts(*prompts), strict=True))
-
-    prompts = request.prompt, request.negative_prompt
-    if request.cache_dir is None:
-        heard, read = voice(), texts()
-    else:
-        check_recording(recording)
-        store, (audio_facts, text_facts) = EncodingStore(Path(request.cache_dir)), encoder_facts(networks)
-        heard = store.get("voice", digest_of(audio_facts, recording.speech()), voice)
-        read = store.get("text", digest_of({**text_facts, "prompts": prompts}), texts)
-    return Voice(recording, heard["features"]), read["prompt"], read["negative_prompt"]
-
-
-def encoder_facts(networks: CheckpointNetworks) -> list[dict[str, Any]]:
-    """All that shapes what the audio and the text encoder make besides what they are given, as JSON."""
-    return [
-        {
-            "format": ENCODING_FORMAT,
-            "torch": torch.__version__,
-            "device": networks.device_of(kind).type,
-            "dtype": str(networks.loading.dtype(kind)),
-            "in_8_bits": kind == TEXT_ENCODER and networks.loading.text_in_8_bits,
-            "files": [file_stamp(file) for file in find_part(networks.paths[kind], kind).weights.files],
-        }
-        for kind in (SPEECH_ENCODER, TEXT_ENCODER)
-    ]
+def begin(run: Run, folder: Path) -> None:
+    """Begin a run in the folder of its video, or go on there."""
+    earlier = run.find_earlier([folder, *folders_set_apart(folder)])
+    if earlier:
+        log.warning("going on after clip %d of %d, from %s", earlier.clips, run.job.clips, earlier.folder)
+        if earlier.folder == folder:
+            run.keep_clips = run.keep_clips or keeps_clips(read_settings(folder))
+            earlier = set_apart(earlier)
+    run.begin(folder, earlier)
 
 
 def forecast_render(
@@ -270,12 +188,8 @@ def forecast_render(
     limits: MemoryLimits,
 ) -> list[StageForecast]:
     """What the stages of `render` would take now; nothing is loaded or written."""
-    loading = request.loading(acceleration)
-    text_device = "cpu" if request.text_on_cpu else None
-    networks = open_checkpoint(request.checkpoint, loading, request.offload, text_device, request.noise_expert, limits)
-    recording = read_recording(request.audio, request.audio_start, request.audio_seconds)
-    size, geometry = size_of_video(read_picture(request.image), video), ClipGeometry(video.clip_frames)
-    return forecast(networks, JobFacts(*size, recording.seconds, geometry, sampling, bool(request.pose_video)))
+    networks = request.networks(acceleration, limits)
+    return forecast(networks, request.inputs(video.fps).facts(video, sampling))
 
 
 def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None:
@@ -285,75 +199,3 @@ def check_noise_expert(request: RenderRequest, sampling: SamplingConfig) -> None
             f"noise_boundary={sampling.noise_boundary} with noise_expert={request.noise_expert}: a second model and "
             "the noise level where it takes over go together. Give both, or neither."
         )
-
-
-def clips_folder(target: Path) -> Path:
-    """Where the finished clips of a video are kept until it is complete."""
-    return target.with_name(f"{target.name}.clips")
-
-
-def check_earlier(folder: Path, settings: dict[str, Any]) -> None:
-    """Tell early, before networks are loaded, that the clips in the way are not the beginning of this video.
-
-    Raises:
-        ConfigError: if there are any that this run cannot go on from, as far as the settings of the first show.
-    """
-    check_ours(folder)
-    before = recorded_settings(folder)
-    if before and any(before.get(name) != settings[name] for name in ("sampling", "routing")):
-        check_unused(folder)
-
-
-def keeps_clips(folder: Path) -> bool:
-    """Whether the clips there were made to be kept, or nobody can tell."""
-    return read_settings(folder).get("keep_clips") is not False
-
-
-def earlier_seed(target: Path) -> int | None:
-    """The seed of a run for `target` that did not end."""
-    folder = clips_folder(target)
-    sampling = {} if is_saved(folder) else recorded_settings(folder).get("sampling")
-    seed = sampling.get("seed") if isinstance(sampling, dict) else None
-    return seed if isinstance(seed, int) else None
-
-
-def set_apart(earlier: EarlierClips) -> EarlierClips:
-    """Clips of another video behind those that are gone on with are nobody's to overwrite: their folder is renamed."""
-    if earlier.is_all:
-        return earlier
-    number = 1
-    while (aside := folder_set_apart(earlier.folder, number)).exists():
-        number += 1
-    earlier.folder.rename(aside)
-    log.warning("later clips there are of another video: they are now in %s", aside)
-    return replace(earlier, folder=aside)
-
-
-def folder_set_apart(folder: Path, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.{number}")
-
-
-def folders_set_apart(folder: Path) -> list[Path]:
-    """Those that `set_apart` made of a folder: a run that was killed then has its clips there."""
-    found: list[Path] = []
-    while (aside := folder_set_apart(folder, len(found) + 1)).is_dir():
-        found.append(aside)
-    return found
-
-
-def write_video(
-    target: Path, clips: StoredClips, metadata: dict[str, str], on_frames: Callable[[int], None] | None = None
-) -> None:
-    """Clip after clip into one file with sound; memory holds one clip. The suffix of `target` says which kind.
-
-    Args:
-        on_frames: called with the number of frames written so far; may raise to stop.
-    """
-    size = (clips.width_px, clips.height_px)
-    with VideoWriter(target, *size, clips.fps, clips.recording, preset_of(target), metadata) as writer:
-        for frames in clips:
-            for few in frames.split(FRAMES_AT_ONCE):
-                writer.write(few)
-                if on_frames:
-                    on_frames(writer.frames)
-    log.info("%s: %d frames", target, clips.frames)

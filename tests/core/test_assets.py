@@ -32,8 +32,8 @@ from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, VAE
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.loading import DIT_STEM, OFFICIAL_FILES, find_part, load
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.model.vae import VideoVAE
-from wan_s2v_core.pipeline import check_parts
 from wan_s2v_core.render import RenderRequest, render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def test_without_espeak_the_script_says_what_to_do(assets, monkeypatch):
 
 
 def test_the_checkpoint_has_all_parts_and_is_small():
-    check_parts(dict.fromkeys(PART_LABELS, embedded(CHECKPOINT)))
+    Checkpoint(dict.fromkeys(PART_LABELS, embedded(CHECKPOINT))).check()
     sizes = [path.stat().st_size for path in embedded(CHECKPOINT).rglob("*") if path.is_file()]
     assert sum(sizes) < importlib.import_module("pack_checkpoint").LARGEST_BYTES
 

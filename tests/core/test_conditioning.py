@@ -17,7 +17,8 @@ from wan_s2v_core.config import DEFAULT_NEGATIVE_PROMPT, VideoConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, ClipGeometry, output_size, plan_clips
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory.networks import CheckpointNetworks
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.prepare import plan_loading
 
 SIZES = [  # picture height and width, area -> height and width, as the reference gives them
@@ -191,7 +192,7 @@ def test_the_pose_goes_on_from_clip_to_clip():
         negative_text=torch.zeros(1),
         pose=lambda start, frames: driving[start : start + frames],
     )
-    pipeline = Pixels(CheckpointNetworks({}, plan_loading("auto", torch.device("cpu"))))
+    pipeline = Pixels(CheckpointNetworks(Checkpoint({}), plan_loading("auto", torch.device("cpu"))))
     latents = [pipeline.encode_pose(job, clip) for clip in range(3)]
     assert [tuple(x.shape[2:]) for x in latents] == [
         (5, 16, 16),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,9 @@ from wan_s2v_core.config import (
 )
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.geometry import ClipGeometry, frames_of, latent_frames_of
+from wan_s2v_core.prepare import LoadPlan, plan_loading
+
+SPARSE = AccelerationPlan(sparse_keep=0.5, attention="sdpa")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,9 @@ from wan_s2v_core.geometry import ClipGeometry, frames_of, latent_frames_of
         S2VModelConfig(),
         SamplingConfig(steps=8, audio_guidance_scale=2.0),
         SamplingConfig(timesteps=(1000, 750.5, 0.1)),
+        plan_loading("auto", torch.device("cpu")),
+        plan_loading("float8-weights", "cpu", SPARSE, "float8-weights"),
+        LoadPlan("int8", "cuda:1", in_float16=True),
     ],
 )
 def test_configs_survive_json(config):
@@ -68,6 +75,7 @@ def test_configs_survive_json(config):
         (lambda: SamplingConfig(guidance_scale=0.5), "guidance_scale=0.5"),
         (lambda: SamplingConfig(audio_guidance_scale=float("inf")), "audio_guidance_scale=inf"),
         (lambda: SamplingConfig.from_dict({"stepz": 4}), "stepz.*steps"),
+        (lambda: LoadPlan.from_dict({"precision": "int3", "device": "cpu"}), "precision='int3'.*bfloat16"),
         (lambda: ClipGeometry(81), "clip_frames=81.*80 or 84"),
         (lambda: ClipGeometry(0), "clip_frames=0"),
         (lambda: ClipGeometry(80, 0), "motion_frames=0"),

@@ -11,8 +11,8 @@ from test_generate import command, inputs, kept_pictures  # noqa: F401  (fixture
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import encodings, records
 from wan_s2v_core.io.encodings import EncodingStore
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from wan_s2v_core.networks import CheckpointNetworks
 
 
 @pytest.fixture

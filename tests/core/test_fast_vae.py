@@ -25,7 +25,7 @@ from wan_s2v_core.model.checkpoint import VAE
 from wan_s2v_core.model.loading import load_vae
 from wan_s2v_core.model.vae import VideoVAE
 from wan_s2v_core.model.vae_parts import VaeParts, tiles
-from wan_s2v_core.prepare import PRECISIONS, LoadPlan
+from wan_s2v_core.prepare import LoadPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_every_card_can_work_in_parts(fresh_seed):
     """In float32 as well; CPUs keep diffusers' network."""
     for device, is_fast in (("cuda", True), ("cpu", False)):
         plan = AccelerationPlan(vae="float32")
-        loading = LoadPlan(PRECISIONS["bfloat16"], torch.device(device), acceleration=plan)
+        loading = LoadPlan("bfloat16", device, acceleration=plan)
         vae = random_vae(fresh_seed)
         loading.finish(VAE, vae)
         assert vae.works_in_parts == is_fast and loading.vae_way == (LIBRARY_32 if is_fast else PLAIN)

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from wan_s2v_core import networks as run_networks
 from wan_s2v_core.assets import CHECKPOINT, PORTRAIT, VOICE, embedded
 from wan_s2v_core.config import MemoryLimits, SamplingConfig
 from wan_s2v_core.forecast import JobFacts, forecast
 from wan_s2v_core.geometry import ClipGeometry
-from wan_s2v_core.memory import networks as memory_networks
 from wan_s2v_core.memory.budget import Room
 from wan_s2v_core.model import loading
 from wan_s2v_core.pipeline import open_checkpoint
@@ -24,7 +24,7 @@ def a_card(monkeypatch):
 
     def be(gigabytes: float) -> None:
         room = Room(round(gigabytes * 1e9), None)
-        monkeypatch.setattr(memory_networks, "room_on", lambda *_: room)
+        monkeypatch.setattr(run_networks, "room_on", lambda *_: room)
 
     return be
 

@@ -2,6 +2,7 @@
 
 import json
 import wave
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from wan_s2v_core import render as rendering
 from wan_s2v_core.cli import make_parser, sampling_of
 from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
-from wan_s2v_core.io.video import probe_video, read_frames
+from wan_s2v_core.io import weights
+from wan_s2v_core.io.clip_store import ClipStore
+from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
+from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.sampling.schedule import make_schedule
 
 RATE = 22050
@@ -37,7 +41,7 @@ def inputs(tmp_path):
     write_wav(tmp_path / "voice.wav", np.stack([voice, 0.5 * voice], axis=1))
     noise = np.random.default_rng().integers(0, 255, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "face.png")
-    with rendering.VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
+    with VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
         writer.write(torch.randint(0, 255, (28, 96, 64, 3), dtype=torch.uint8))
     return tmp_path
 
@@ -78,6 +82,20 @@ def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs):
     assert facts.seconds == pytest.approx(37 / 16, abs=0.01)
     assert facts.audio_seconds == pytest.approx(37 / 16, abs=0.05)
     assert not list(inputs.glob("*.clips")), "the clips have become the video"
+
+
+def test_each_weights_file_is_opened_once(command, run_cli, inputs, monkeypatch):
+    opened = Counter()
+
+    def watch(name):
+        plain = getattr(weights, name)
+        monkeypatch.setattr(weights, name, lambda path: opened.update([path]) or plain(path))
+
+    watch("_open_safetensors")
+    watch("_open_pickle")
+    code, _, err = run_cli(*command(num_clip=1, sample_steps=1, cache_dir=inputs / "kept"))
+    assert code == 0, err
+    assert len(opened) >= len(PART_LABELS) and set(opened.values()) == {1}, opened
 
 
 def test_timesteps_are_the_steps(command):
@@ -239,10 +257,10 @@ def test_clips_that_were_to_be_kept_are_kept(make, inputs):
 def test_later_clips_of_another_video_are_set_apart(make, inputs, caplog):
     """A driving video that is another one in the second clip."""
     pictures = torch.randint(0, 255, (60, 96, 64, 3), dtype=torch.uint8)
-    with rendering.VideoWriter(inputs / "a.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+    with VideoWriter(inputs / "a.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
         writer.write(pictures)
     pictures[30:] = 255 - pictures[30:]
-    with rendering.VideoWriter(inputs / "b.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
+    with VideoWriter(inputs / "b.mkv", 64, 96, 16, preset="lossless-mkv") as writer:
         writer.write(pictures)
     make(pose_video=str(inputs / "a.mkv"), keep_clips=True)
     first = kept_pictures(inputs / "out.mp4.clips")
@@ -263,9 +281,9 @@ def test_the_seed_of_a_stopped_run_is_gone_on_with(command, run_cli, inputs, mon
             raise KeyboardInterrupt
         add(store, *_)
 
-    add = rendering.ClipStore.add
+    add = ClipStore.add
     with monkeypatch.context() as patch:
-        patch.setattr(rendering.ClipStore, "add", stop)
+        patch.setattr(ClipStore, "add", stop)
         code, _, err = run_cli(*words)
     assert code == 130 and "out.mp4.clips" in err
     code, out, err = run_cli(*words)

@@ -127,7 +127,7 @@ def card(monkeypatch):
 def test_auto_is_float16_without_bfloat16_units_and_says_so_once(card, caplog):
     card(TITAN_RTX)
     with caplog.at_level(logging.WARNING):
-        assert all(plan_loading("auto", CARD).precision.dtype == torch.float16 for _ in range(3))
+        assert all(plan_loading("auto", CARD).types.dtype == torch.float16 for _ in range(3))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == "precision auto is float16: A card (compute capability 7.5) has no bfloat16 units"
 
@@ -135,15 +135,15 @@ def test_auto_is_float16_without_bfloat16_units_and_says_so_once(card, caplog):
 @pytest.mark.parametrize(("device", "dtype"), [(CARD, torch.bfloat16), (CPU, torch.float32)])
 def test_auto_is_as_ever_elsewhere(card, caplog, device, dtype):
     card(AMPERE)
-    assert plan_loading("auto", device).precision.dtype == dtype and not caplog.records
+    assert plan_loading("auto", device).types.dtype == dtype and not caplog.records
     card(TITAN_RTX)
-    assert plan_loading("bfloat16", CARD).precision.dtype == torch.bfloat16, "what is asked for is done"
+    assert plan_loading("bfloat16", CARD).types.dtype == torch.bfloat16, "what is asked for is done"
 
 
 def test_a_model_in_8_bits_computes_in_float16_there(card, make_model, make_inputs):
     """The weights are those of other cards, and so are the results, but for rounding."""
     card(TITAN_RTX)
-    planned = plan_loading("float8-weights", CARD).precision
+    planned = plan_loading("float8-weights", CARD).types
     assert planned == replace(PRECISIONS["float8-weights"], dtype=torch.float16)
     (inputs, noise), model = make_inputs(), make_model()
     made = {}

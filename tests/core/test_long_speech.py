@@ -27,12 +27,13 @@ from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io.audio import Recording, read_recording, resample
 from wan_s2v_core.io.scratch import scratch
 from wan_s2v_core.memory.budget import voice_bytes
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model import long_speech
 from wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ, SpeechEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.loading import load_audio_encoder
 from wan_s2v_core.model.long_speech import WINDOWS, Windows, hear_in_windows
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 
@@ -289,6 +290,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import scratch
+from wan_s2v_core.model.parts import Checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 if sys.argv[3] == "written":
@@ -318,7 +320,8 @@ def test_a_missing_folder_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
-    return CheckpointNetworks(dict.fromkeys(PART_LABELS, tiny_checkpoint), plan_loading("auto", torch.device("cpu")))
+    checkpoint = Checkpoint(dict.fromkeys(PART_LABELS, tiny_checkpoint))
+    return CheckpointNetworks(checkpoint, plan_loading("auto", torch.device("cpu")))
 
 
 class StopHereError(Exception):

@@ -23,9 +23,10 @@ from wan_s2v_core.errors import ConfigError, OutOfMemory
 from wan_s2v_core.io.audio import read_recording
 from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.memory.budget import WHOLE, Planned
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, VAE, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline, clip_keys, noise_of, open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
@@ -126,7 +127,7 @@ class Watched(CheckpointNetworks):
 @pytest.fixture
 def watched(tiny_checkpoint, other_checkpoint) -> Watched:
     plain = open_checkpoint(str(tiny_checkpoint), plan_loading("auto", CPU), noise_expert=str(other_checkpoint))
-    return Watched(plain.paths, plain.loading)
+    return Watched(plain.checkpoint, plain.loading)
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_routing_and_load_are_of_both(tiny_checkpoint, tiny_maker, tmp_path, job
     pair = paths | {LOW_NOISE_DIT: write_dit(tmp_path / "low", tiny_maker, config, 3)}
     loads = []
     for given, boundary in ((paths, None), (pair, MIXED)):
-        pipeline = S2VPipeline(CheckpointNetworks(given, plan_loading("auto", CPU)))
+        pipeline = S2VPipeline(CheckpointNetworks(Checkpoint(given), plan_loading("auto", CPU)))
         for _ in pipeline.generate(job, replace(CONFIG, noise_boundary=boundary), routing=ExpertRouting(top_k=2)):
             pass
         loads.append(pipeline.expert_load)
@@ -245,18 +246,18 @@ def test_routing_and_load_are_of_both(tiny_checkpoint, tiny_maker, tmp_path, job
 
 def test_keys_know_the_second_file_and_the_boundary(tiny_checkpoint, other_checkpoint, watched, job, tmp_path):
     def key(paths, config=CONFIG, loading=watched.loading):
-        return clip_keys(job, config, None, paths, loading)[0]
+        return clip_keys(job, config, None, Checkpoint(paths), loading)[0]
 
-    single = {name: path for name, path in watched.paths.items() if name != LOW_NOISE_DIT}
-    copied = watched.paths | {LOW_NOISE_DIT: Path(shutil.copytree(other_checkpoint, tmp_path / "copy"))}
+    single = {name: path for name, path in watched.checkpoint.paths.items() if name != LOW_NOISE_DIT}
+    copied = watched.checkpoint.paths | {LOW_NOISE_DIT: Path(shutil.copytree(other_checkpoint, tmp_path / "copy"))}
     keys = [
-        key(watched.paths),
-        key(watched.paths, replace(CONFIG, noise_boundary=0.8)),
-        key(watched.paths | {LOW_NOISE_DIT: tiny_checkpoint}),
+        key(watched.checkpoint.paths),
+        key(watched.checkpoint.paths, replace(CONFIG, noise_boundary=0.8)),
+        key(watched.checkpoint.paths | {LOW_NOISE_DIT: tiny_checkpoint}),
         key(copied),
         key(single, replace(CONFIG, noise_boundary=None)),
     ]
-    assert len(set(keys)) == len(keys) and key(watched.paths) == keys[0]
+    assert len(set(keys)) == len(keys) and key(watched.checkpoint.paths) == keys[0]
 
 
 def test_a_stopped_run_goes_on(video_of, run_cli, tiny_checkpoint, other_checkpoint, tmp_path, monkeypatch):

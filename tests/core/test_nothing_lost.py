@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_generate import command, cut_short, inputs, kept_pictures, make  # noqa: F401  (fixtures)
 
 from wan_s2v_core import cli, pipeline
-from wan_s2v_core import render as rendering
+from wan_s2v_core.config import ExpertRouting, SamplingConfig
 from wan_s2v_core.errors import CheckpointError, ConfigError
 from wan_s2v_core.io import locks
 from wan_s2v_core.io.audio import Recording
@@ -38,8 +38,9 @@ from wan_s2v_core.io.digest import file_digest
 from wan_s2v_core.io.encodings import EncodingStore
 from wan_s2v_core.io.records import read_record, write_record
 from wan_s2v_core.io.video import VideoWriter, read_header
-from wan_s2v_core.memory.networks import CheckpointNetworks
+from wan_s2v_core.io.video_clips import check_earlier, earlier_seed
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.sampling.clips import clip_noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -345,7 +346,7 @@ def test_no_edit_by_hand_changes_a_film_or_stops_a_run(good, tmp_path, fresh_see
         assert [store.stored.latents(index).amax().item() for index in range(3)] == [0, 1, 2], what
         motion = store.stored.motion_video()
         assert motion is None or (motion.shape[3:] == SIZE and motion.unique().tolist() == [2.0]), what
-        assert rendering.earlier_seed(tmp_path / "none.mp4") is None
+        assert earlier_seed(tmp_path / "none.mp4") is None
         shutil.rmtree(folder)
 
 
@@ -384,7 +385,7 @@ def test_what_stands_where_clips_go_is_told_before_the_run(kind, tmp_path):
     folder = tmp_path / "clips"
     folder.write_bytes(b"x") if kind == "no folder" else folder.symlink_to(tmp_path / "none")
     with pytest.raises(ConfigError, match=f"clips is {kind}.*Delete it"):
-        rendering.check_earlier(folder, {})
+        check_earlier(folder, SamplingConfig(), ExpertRouting())
     assert os.path.lexists(folder) and not (tmp_path / "none").exists()
 
 
@@ -555,12 +556,13 @@ def test_a_video_tells_names_but_no_folders(make, inputs, tiny_checkpoint):  # n
     tags = read_header(inputs / "out.mp4").tags
     told = json.loads(tags["comment"])
     assert told["request"]["audio"] == "voice.wav" and told["request"]["checkpoint"] == tiny_checkpoint.name
-    assert told["video"]["clip_frames"] == 20, "what quality reads"
+    assert told["video"]["clip_frames"] == 20 and told["loading"]["precision"] == "float32"
+    assert tags["clip_frames"] == "[17, 20]", "what quality reads"
     files = [path for path in (inputs / "out.mp4.clips").iterdir() if path.suffix != ".mkv"]
     for text in (tags["comment"].encode(), *(path.read_bytes() for path in files)):
         assert os.fsencode(inputs) not in text and os.fsencode(tiny_checkpoint) not in text
     make("quiet.mp4", metadata=False)
-    assert "comment" not in read_header(inputs / "quiet.mp4").tags
+    assert not {"comment", "clip_frames"} & set(read_header(inputs / "quiet.mp4").tags)
 
 
 def test_motion_of_another_length_is_made_again(good, tmp_path):

@@ -30,9 +30,10 @@ from wan_s2v_core.io.clip_store import ClipStore
 from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
 from wan_s2v_core.memory.attempts import REMEDIES
 from wan_s2v_core.memory.budget import WHOLE, Planned
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.memory.stage import checked_before_layers
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import clip_noise
@@ -45,7 +46,7 @@ RATE = 16000
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    return CheckpointNetworks(paths, plan_loading("auto", torch.device("cpu")))
+    return CheckpointNetworks(Checkpoint(paths), plan_loading("auto", torch.device("cpu")))
 
 
 @pytest.fixture(autouse=True)
@@ -282,9 +283,9 @@ class Exhausted:
 
     def __init__(self, networks: CheckpointNetworks, kind: str, place: str, words: str):
         self.networks, self.kind, self.place, self.words = networks, kind, place, words
-        self.device, self.acceleration = networks.device, networks.acceleration
-        self.limits, self.recover, self.loading = networks.limits, networks.recover, networks.loading
-        self.room, self.sizes, self.dit_config = networks.room, networks.sizes, networks.dit_config
+
+    def __getattr__(self, name: str):
+        return getattr(self.networks, name)
 
     def refuse(self, *_) -> None:
         raise (RuntimeError if "allocate memory" in self.words else torch.OutOfMemoryError)(self.words)

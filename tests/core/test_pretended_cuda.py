@@ -20,12 +20,13 @@ from wan_s2v_core.io.audio import Recording
 from wan_s2v_core.io.clip_store import ClipStore, find_earlier
 from wan_s2v_core.io.digest import digest_of
 from wan_s2v_core.io.encodings import EncodingStore
+from wan_s2v_core.io.film import write_film
 from wan_s2v_core.io.video import VideoWriter, probe_video
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline, clip_keys
 from wan_s2v_core.prepare import plan_loading
-from wan_s2v_core.render import write_video
 from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.preview import colour_factors
 
@@ -142,7 +143,7 @@ def make_run(tiny_checkpoint, tmp_path, monkeypatch):
 
     def run(device: torch.device, clips: int, limits: MemoryLimits = MemoryLimits()) -> Path:  # noqa: B008  (frozen)
         loading = plan_loading("float32", device, acceleration=AccelerationPlan(fused=False))
-        networks = CheckpointNetworks(paths, loading, limits=limits)
+        networks = CheckpointNetworks(Checkpoint(paths), loading, limits=limits)
         pipeline = S2VPipeline(networks)
         voice = pipeline.encode_voice(Recording(sound, RATE), folder=tmp_path)
         texts = pipeline.encode_prompts("A person talks.", "blurry")
@@ -150,7 +151,7 @@ def make_run(tiny_checkpoint, tmp_path, monkeypatch):
         assert torch.equal(kept["text"], texts[0])
         video = replace(VIDEO, clips=clips)
         job = make_conditioning(picture, voice, *texts, video, lambda start, frames: driving[start : start + frames])
-        keys = clip_keys(job, STEPS, None, networks.paths, networks.loading)
+        keys = clip_keys(job, STEPS, None, networks.checkpoint, networks.loading)
         store = ClipStore(tmp_path / "clips", VIDEO.fps, job.recording, {}, keys)
         sampled = pipeline.generate(job, STEPS, lambda task, _, clean: look(job, task, clean))
         for clip in sampled:
@@ -161,7 +162,7 @@ def make_run(tiny_checkpoint, tmp_path, monkeypatch):
             small_film.write_small_film(tmp_path / "there.mp4", frames.to(device), VIDEO.fps, job.recording)
             with VideoWriter(tmp_path / "there.mkv", WIDTH, HEIGHT, VIDEO.fps, job.recording, "lossless-mkv") as writer:
                 writer.write(frames.to(device))
-        write_video(tmp_path / "video.mkv", store.stored, {})
+        write_film(tmp_path / "video.mkv", store.stored, {})
         if clips > 1:
             (tmp_path / "clips" / "clip_0001.safetensors").unlink()
             earlier = find_earlier([tmp_path / "clips"], keys)

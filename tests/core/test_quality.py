@@ -233,15 +233,18 @@ def test_nothing_drifts_or_flickers_in_a_still_video(talk, tmp_path):
 
 
 def test_borders_come_from_the_file():
-    command_line = {"comment": json.dumps({"video": {"clip_frames": 40, "starts_from_reference": False}})}
+    ours = {"clip_frames": "[37, 40, 40, 5]", "prompt": "of another program"}
     graph = {"3": {"class_type": "WanS2VConditioning", "inputs": {"clip_frames": 48, "start_from_picture": True}}}
     linked = {"3": {"class_type": "WanS2VConditioning", "inputs": {"clip_frames": ["7", 0]}}}
-    assert clip_lengths(command_line, None) == ClipLengths(40, 3)
-    assert clip_lengths(command_line, None).starts(120) == [0, 37, 77, 117]
+    assert clip_lengths(ours, None) == ClipLengths(40, 3)
+    assert clip_lengths(ours, None).starts(120) == [0, 37, 77, 117]
     assert clip_lengths({"prompt": json.dumps(graph)}, None).starts(100) == [0, 48, 96]
     assert clip_lengths({"comment": "made by hand", "prompt": json.dumps(linked)}, None) is None
+    assert clip_lengths({"clip_frames": "[37, 9]"}, None).starts(46) == [0, 37]
+    for odd in ("[]", "[0, 3]", "[true]", '["8"]', "8", '{"a": 1}', "[" * 100_000):
+        assert clip_lengths({"clip_frames": odd}, None) is None, odd
     assert clip_lengths({}, 30).starts(90) == [0, 30, 60]
-    assert clip_lengths(command_line, 20) == ClipLengths(20, 3)
+    assert clip_lengths(ours, 20) == ClipLengths(20, 3)
     with pytest.raises(ConfigError, match="clip_frames=0"):
         clip_lengths({}, 0)
 

@@ -41,6 +41,7 @@ from wan_s2v_core.model import checkpoint as names
 from wan_s2v_core.model import loading
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.loading import DIT_STEM, find_part, load_transformer
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.model.text_encoder import TextEncoder
 from wan_s2v_core.prepare import PRECISIONS, picture_facts, plan_loading
 
@@ -354,7 +355,7 @@ def test_cards_that_do_not_multiply_in_8_bits(precision, capability, instead, mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     if instead is None:
-        chosen = plan_loading(precision, torch.device("cuda", 0)).precision
+        chosen = plan_loading(precision, torch.device("cuda", 0)).types
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
         assert (chosen.linears, chosen.dtype) == (precision, dtype)
         return
@@ -382,8 +383,8 @@ def test_a_cpu_is_told_that_it_saves_no_time(caplog):
 
 
 def test_precisions_make_different_pictures(tiny_checkpoint):
-    paths = dict.fromkeys(names.PART_LABELS, tiny_checkpoint)
-    facts = [json.dumps(picture_facts(paths, plan_loading(one, torch.device("cpu")))) for one in PRECISIONS]
+    checkpoint = Checkpoint(dict.fromkeys(names.PART_LABELS, tiny_checkpoint))
+    facts = [json.dumps(picture_facts(checkpoint, plan_loading(one, torch.device("cpu")))) for one in PRECISIONS]
     assert len(set(facts)) == len(PRECISIONS) == 6
 
 

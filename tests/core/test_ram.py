@@ -10,11 +10,13 @@ import torch
 
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.config import OffloadPlan, S2VModelConfig
-from wan_s2v_core.memory.networks import load_placed, sizes_of
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.model import loading
 from wan_s2v_core.model.checkpoint import DIT, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
+from wan_s2v_core.model.loading import find_part
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import load_placed, sizes_of
 from wan_s2v_core.prepare import plan_loading
 
 CPU = torch.device("cpu")
@@ -54,13 +56,13 @@ def load_watched(path: Path, packs: bool, monkeypatch) -> tuple[Placement, int, 
         plain(*arguments)
 
     monkeypatch.setattr(loading, "place", watched)
-    placement = load_placed(path, DIT, plan_loading("bfloat16", CPU), packs)
+    placement = load_placed(Checkpoint({DIT: path}), DIT, plan_loading("bfloat16", CPU), packs)
     gc.collect()
     return placement, max(seen) - before, anonymous_bytes() - before
 
 
 def test_layers_are_packed_without_being_there_twice(wide_checkpoint, monkeypatch):
-    sizes = sizes_of(wide_checkpoint, DIT, plan_loading("bfloat16", CPU))
+    sizes = sizes_of(find_part(wide_checkpoint, DIT), plan_loading("bfloat16", CPU))
     placement, most, held = load_watched(wide_checkpoint, True, monkeypatch)
     assert sum(sizes.blocks) > 100 * MB
     assert held < 1.05 * sizes.whole + 10 * MB
@@ -69,7 +71,7 @@ def test_layers_are_packed_without_being_there_twice(wide_checkpoint, monkeypatc
 
 
 def test_mapped_weights_take_no_memory_of_their_own(wide_checkpoint, monkeypatch):
-    sizes = sizes_of(wide_checkpoint, DIT, plan_loading("bfloat16", CPU))
+    sizes = sizes_of(find_part(wide_checkpoint, DIT), plan_loading("bfloat16", CPU))
     placement, most, held = load_watched(wide_checkpoint, False, monkeypatch)
     full_precision = sum(p.nbytes for p in placement.network.parameters() if p.dtype == torch.float32)
     assert sum(sizes.blocks) > 100 * MB > full_precision

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from wan_s2v_core import networks
 from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.conditioning.bundle import make_conditioning
 from wan_s2v_core.config import SOLVERS, MemoryLimits, SamplingConfig, VideoConfig
 from wan_s2v_core.errors import OutOfMemory
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory import budget, networks
+from wan_s2v_core.memory import budget
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
 from wan_s2v_core.prepare import plan_loading

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wan_s2v_core import runs
 from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, hold_last, make_conditioning
-from wan_s2v_core.conditioning.image import to_frames
 from wan_s2v_core.config import ExpertRouting, SamplingConfig, VideoConfig
 from wan_s2v_core.geometry import ClipGeometry, plan_clips
 from wan_s2v_core.io.audio import Recording
 from wan_s2v_core.io.clip_store import ClipStore, EarlierClips, find_earlier, stored_keys
 from wan_s2v_core.io.digest import digest_of
 from wan_s2v_core.io.video import VideoWriter, read_frames
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.checkpoint import PART_LABELS
-from wan_s2v_core.pipeline import S2VPipeline, clip_keys
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
+from wan_s2v_core.pipeline import clip_keys
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
 
@@ -34,7 +35,8 @@ RATE, CLIPS, FRAMES = 16000, 4, 68
 
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
-    return CheckpointNetworks(dict.fromkeys(PART_LABELS, tiny_checkpoint), plan_loading("auto", torch.device("cpu")))
+    checkpoint = Checkpoint(dict.fromkeys(PART_LABELS, tiny_checkpoint))
+    return CheckpointNetworks(checkpoint, plan_loading("auto", torch.device("cpu")))
 
 
 def make_job(seconds: float = 4.25, video: VideoConfig = VIDEO, pose: Tensor | None = None, **changes):
@@ -57,14 +59,15 @@ class Run:
     """A video into a folder, going on after what is found in `folders`; `stop` is a clip and a step, from 1."""
 
     def __init__(self, networks, job: S2VConditioning, folder: Path, *folders: Path, stop=None, config=QUICK):
-        keys = clip_keys(job, config, None, networks.paths, networks.loading)
-        self.earlier: EarlierClips | None = find_earlier(folders, keys)
-        self.store = ClipStore(folder, job.video.fps, job.recording, {}, keys, self.earlier)
         self.steps: list[tuple[int, int]] = []
         self.stop = stop
-        pipeline = S2VPipeline(networks)
-        for clip in pipeline.generate(job, config, self.tell, finished=self.store.stored):
-            self.store.add(to_frames(clip.video[0]), clip.latents, clip.motion_video)
+        run = runs.Run(networks, config)
+        run.accept(job)
+        self.earlier: EarlierClips | None = run.find_earlier(folders)
+        run.begin(folder, self.earlier)
+        self.store = run.store
+        for frames in run.clips(self.tell):
+            assert frames.dtype == torch.uint8
 
     def tell(self, task: ClipTask, step: int, _: Tensor) -> None:
         self.steps.append((task.index + 1, step))
@@ -175,21 +178,21 @@ def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path):
     ],
 )
 def test_other_inputs_are_another_video(changed, config, networks, whole):
-    keys = clip_keys(make_job(**changed), config, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(**changed), config, None, networks.checkpoint, networks.loading)
     assert find_earlier([whole], keys) is None
 
 
 def test_other_networks_are_another_video(networks, whole, tiny_checkpoint, tmp_path):
     job, same = make_job(), networks.loading
     half = plan_loading("bfloat16", same.device)
-    assert find_earlier([whole], clip_keys(job, QUICK, None, networks.paths, half)) is None
-    assert find_earlier([whole], clip_keys(job, QUICK, ExpertRouting(top_k=1), networks.paths, same)) is None
+    assert find_earlier([whole], clip_keys(job, QUICK, None, networks.checkpoint, half)) is None
+    assert find_earlier([whole], clip_keys(job, QUICK, ExpertRouting(top_k=1), networks.checkpoint, same)) is None
     replaced = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     paths = dict.fromkeys(PART_LABELS, replaced)
-    own = clip_keys(job, QUICK, None, paths, same)[0]
-    assert own == clip_keys(job, QUICK, None, paths, same)[0]
+    own = clip_keys(job, QUICK, None, Checkpoint(paths), same)[0]
+    assert own == clip_keys(job, QUICK, None, Checkpoint(paths), same)[0]
     os.utime(replaced / "Wan2.1_VAE.pth", ns=(1, 1))
-    assert clip_keys(job, QUICK, None, paths, same)[0] != own
+    assert clip_keys(job, QUICK, None, Checkpoint(paths), same)[0] != own
 
 
 def test_a_longer_recording_goes_on_where_the_shorter_one_was_cut(networks, whole, tmp_path):
@@ -230,7 +233,7 @@ def test_the_longest_beginning_is_taken(networks, whole, tmp_path):
         with pytest.raises(StopHereError):
             Run(networks, make_job(), tmp_path / name, stop=stop)
     (tmp_path / "empty").mkdir()
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier(sorted(tmp_path.iterdir()), keys)
     assert found.folder.name == "b" and found.clips == 3 and found.clip_frames == (17, 20, 20)
     (tmp_path / "b" / "clip_0001.mkv").unlink()
@@ -270,7 +273,7 @@ def other_film(path: Path) -> None:
 )
 def test_a_damaged_clip_is_not_finished(clip, name, damage, networks, whole, earlier):
     damage(earlier / name.format(clip))
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier([earlier], keys)
     assert (found.clips if found else 0) == clip
 
@@ -295,7 +298,7 @@ def test_a_damaged_clip_in_the_middle_is_made_again(networks, whole, earlier):
 def test_a_film_without_latents_is_no_clip_of_another_video(networks, whole, earlier):
     """So a run ends that is killed between the two, or finds the disk full."""
     (earlier / "clip_0003.safetensors").unlink()
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     found = find_earlier([earlier], keys)
     assert found.clips == 3 and found.is_all
     (earlier / "clip_0001.safetensors").unlink()
@@ -306,7 +309,7 @@ def test_a_film_without_latents_is_no_clip_of_another_video(networks, whole, ear
 def test_clips_without_keys_are_nobodys_beginning(networks, tmp_path):
     store = ClipStore(tmp_path / "old", 16.0, make_job().recording, {})
     store.add(torch.zeros(17, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 16, 5, 8, 8), torch.zeros(1, 3, 25, 64, 64))
-    keys = clip_keys(make_job(), QUICK, None, networks.paths, networks.loading)
+    keys = clip_keys(make_job(), QUICK, None, networks.checkpoint, networks.loading)
     assert not stored_keys(tmp_path / "old") and find_earlier([tmp_path / "old", tmp_path / "nowhere"], keys) is None
 
 

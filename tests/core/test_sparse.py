@@ -27,9 +27,10 @@ from wan_s2v_core.acceleration.attention.sparse import (
 from wan_s2v_core.attach import accelerated
 from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.prepare import plan_loading
 
 CPU = torch.device("cpu")
@@ -332,7 +333,7 @@ def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted
     dense_steps, all_steps = steps
     plan = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_steps=dense_steps, sparse_dense_blocks=1)
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    networks = CheckpointNetworks(paths, plan_loading("auto", CPU, acceleration=plan))
+    networks = CheckpointNetworks(Checkpoint(paths), plan_loading("auto", CPU, acceleration=plan))
     config = networks.dit_config()
     noise = torch.randn(1, 16, 5, 16, 20)
     inputs, negative = clip_inputs(config, noise)

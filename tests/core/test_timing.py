@@ -14,10 +14,11 @@ from wan_s2v_core.conditioning.bundle import S2VConditioning, Voice, make_condit
 from wan_s2v_core.config import S2VModelConfig, SamplingConfig, VideoConfig
 from wan_s2v_core.geometry import FIRST_CLIP_SKIP, FRAMES_PER_LATENT, PIXELS_PER_LATENT, frames_of, latent_frames_of
 from wan_s2v_core.io.audio import Recording
-from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.audio import CausalAudioEncoder
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.dit import ClipInputs
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 
@@ -57,7 +58,7 @@ class WithoutVAE(Recorder):
 @pytest.fixture(scope="module")
 def networks(tiny_checkpoint) -> CheckpointNetworks:
     paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    return CheckpointNetworks(paths, plan_loading("auto", torch.device("cpu")))
+    return CheckpointNetworks(Checkpoint(paths), plan_loading("auto", torch.device("cpu")))
 
 
 def with_clicks(samples: Tensor, times: list[float], clicks: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from torch import nn
 from wan_s2v_core.config import MemoryLimits, OffloadPlan
 from wan_s2v_core.io.maps import MAPS, is_mapped
 from wan_s2v_core.io.weights import open_weights
-from wan_s2v_core.memory.networks import load_placed, room_on, within_limit
+from wan_s2v_core.memory.networks import room_on, within_limit
 from wan_s2v_core.memory.placement import Placement
 from wan_s2v_core.memory.upload import BUFFER_BYTES, Upload
 from wan_s2v_core.model.checkpoint import DIT
+from wan_s2v_core.model.parts import Checkpoint
+from wan_s2v_core.networks import load_placed
 from wan_s2v_core.prepare import plan_loading
 
 OTHER_CPU = torch.device("cpu", 0)
@@ -156,6 +158,6 @@ def test_a_cancel_stops_loading(tiny_checkpoint):
     for packs in (False, True):
         seen.clear()
         with pytest.raises(Stop):
-            load_placed(tiny_checkpoint, DIT, loading, packs, check)
+            load_placed(Checkpoint({DIT: tiny_checkpoint}), DIT, loading, packs, check)
         assert len(seen) == 5
-    assert load_placed(tiny_checkpoint, DIT, loading, False, lambda: None).bytes
+    assert load_placed(Checkpoint({DIT: tiny_checkpoint}), DIT, loading, False, lambda: None).bytes

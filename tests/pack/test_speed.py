@@ -53,11 +53,11 @@ def test_a_plan_holds_for_its_graph_alone(made, comfy, device, new_seed):
     speed = next(number for number, node in ended.prompt.items() if node["class_type"] == "WanS2VSpeed")
     (told,) = [text for node, text in ended.texts if node == speed]
     assert re.fullmatch(rf"attention: {'sdpa' if device == 'cpu' else '[a-z0-9]+'}, 30% of it \(lossy\)", told), told
-    assert settings["acceleration"] == PLAN | {"sparse_keep": 0.3}
+    assert settings["loading"]["acceleration"] == PLAN | {"sparse_keep": 0.3}
     near, *_ = made(seed=seed, **faster(sparse_keep=0.3, sparse_by="distance"))
     exact, ended, settings = made(seed=seed, **faster(attention="sdpa"))
     assert [text for _, text in ended.texts if text.startswith("attention")] == ["attention: sdpa (exact)"]
-    assert settings["acceleration"]["attention"] == "sdpa"
+    assert settings["loading"]["acceleration"]["attention"] == "sdpa"
     plain, *_ = made(seed=seed)
     difference = np.abs(exact.astype(int) - plain).mean()
     assert difference <= (0 if device == "cpu" else ROUNDING), "without what the runs before had attached"

@@ -13,8 +13,9 @@ from ..conditioning.bundle import S2VConditioning, make_conditioning
 from ..config import ALWAYS, AUTO, DEFAULT_NEGATIVE_PROMPT, S2VModelConfig, SamplingConfig, VideoConfig
 from ..errors import ConfigError
 from ..io.audio import SPEECH_HZ, Recording
-from ..memory.networks import CheckpointNetworks
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from ..model.parts import Checkpoint
+from ..networks import CheckpointNetworks
 from ..sampling.clips import ClipTask
 from .cases import Case, Result, article_flop
 from .engine import MOTION_FRAMES, SEED, loading_of
@@ -110,7 +111,7 @@ def resident_networks(session: Session, case: Case) -> Iterator[CheckpointNetwor
     """All four, resting on the device or, with offload, in main memory."""
     loading = loading_of(case.precision, session.device, case.plan)
     offload = session.request.offload
-    networks = CheckpointNetworks({}, loading, ALWAYS if offload else AUTO)
+    networks = CheckpointNetworks(Checkpoint({}), loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else session.device
     networks.put(DIT, session.dit(case).to(home))
     try:

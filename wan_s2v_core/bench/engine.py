@@ -136,18 +136,18 @@ def meta_network(kind: str, config: Any, loading: LoadPlan) -> nn.Module:
 def random_network(kind: str, config: Any, loading: LoadPlan, home: torch.device | None = None) -> nn.Module:
     """One network as loading would make it, but with random weights, which are drawn where it computes."""
     network = meta_network(kind, config, loading)
-    fill_random(network, SEED, loading.dtype(kind), loading.device)
+    fill_random(network, SEED, loading.dtype(kind), loading.torch_device)
     loading.finish(kind, network)
     if kind == TEXT_ENCODER:
         network.tokenizer = lambda text: [*(3 + ord(letter) % 256 for letter in text), END_OF_TEXT]
-    return network.to(home or loading.device)
+    return network.to(home or loading.torch_device)
 
 
 def build_network(kind: str, source: ModelSource, loading: LoadPlan, home: torch.device | None = None) -> nn.Module:
     """One network of a source, resting on `home`."""
     if not source.path:
         return random_network(kind, source.config(kind), loading, home)
-    network = load(source.path, kind, loading.dtype(kind), home or loading.device, loading.prepare(kind))
+    network = load(source.path, kind, loading.dtype(kind), home or loading.torch_device, loading.prepare(kind))
     loading.finish(kind, network)
     return network
 

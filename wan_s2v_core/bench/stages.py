@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..memory.budget import WHOLE, Planned
-from ..memory.networks import Networks
+from ..networks import RunNetworks
 from ..pipeline import S2VPipeline
 from .measure import PeakMemory, now
 
@@ -38,14 +39,13 @@ class Stage:
 
 
 class MeasuredNetworks:
-    """Networks as another source brings them, with every stage written down."""
+    """Networks as another source brings them, with every stage written down. All else is the source's."""
 
-    def __init__(self, networks: Networks, name: str = ""):
-        self.networks, self.device, self.acceleration = networks, networks.device, networks.acceleration
-        self.limits, self.room, self.sizes = networks.limits, networks.room, networks.sizes
-        self.recover, self.loading, self.names = networks.recover, networks.loading, networks.names
-        self.dit_config = networks.dit_config
-        self.name, self.stages = name, []
+    def __init__(self, networks: RunNetworks, name: str = ""):
+        self.networks, self.name, self.stages = networks, name, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.networks, name)
 
     @contextmanager
     def use(self, kind: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:

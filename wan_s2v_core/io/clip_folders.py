@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from .clip_store import foreign_file, is_saved, read_settings, remove_clips
+from .clip_store import foreign_file, is_saved, keeps_clips, read_settings, remove_clips
 from .locks import lock_of
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def leftover_at(folder: Path) -> Leftover | None:
         is_ours = foreign_file(folder) is None
     except OSError:  # gone meanwhile, or not ours to read
         return None
-    if not is_ours or read_settings(folder).get("keep_clips") is not False:
+    if not is_ours or keeps_clips(read_settings(folder)):
         return None
     return Leftover(folder, touched, {(facts.st_dev, facts.st_ino): facts.st_size for facts in entries.values()})
 

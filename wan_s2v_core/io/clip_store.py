@@ -98,10 +98,15 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def keeps_clips(settings: dict[str, Any]) -> bool:
+    """Whether clips with these settings are to be kept, or nobody can tell."""
+    return settings.get("keep_clips") is not False
+
+
 def is_saved(folder: Path) -> bool:
     """Whether the clips there have become a video and were not to be kept: nobody misses them."""
     settings = read_settings(folder)
-    return settings.get(SAVED) is True and settings.get("keep_clips") is False
+    return settings.get(SAVED) is True and not keeps_clips(settings)
 
 
 def read_clip(folder: Path, index: int) -> Record | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 22
+FileStamp = tuple[str, int, int]
+"""Path, bytes and time of the last change."""
 
 
 def digest_of(facts: Any, *tensors: Tensor | None) -> str:
@@ -29,3 +31,9 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             found.update(chunk)
     return found.hexdigest()
+
+
+def file_stamp(path: Path) -> FileStamp:
+    """Changes when a file is replaced."""
+    facts = path.stat()
+    return str(path.resolve()), facts.st_size, facts.st_mtime_ns

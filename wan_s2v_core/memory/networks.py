@@ -1,59 +1,23 @@
-"""Which network is where: one at a time on the card, the others in main memory."""
+"""What stages ask of those who have the networks, and what room there is on a card."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from ..config import AUTO, AccelerationPlan, MemoryLimits, S2VModelConfig
+from ..config import MemoryLimits
 from ..io.host_memory import free_ram_bytes
-from ..io.weights import Weights
-from ..model.checkpoint import DIT, TEXT_ENCODER, kind_of
-from ..model.loading import OnTensor, find_part, load, set_types
-from .activations import ForwardWay
 from .budget import CONTEXT_BYTES, MOST_CONTEXT_BYTES, WHOLE, Planned, Room, Sizes
-from .placement import Check, Placement
-from .vae_room import VaeWay
-
-NO_LIMITS = MemoryLimits()
-
-
-class Loading(Protocol):
-    """How networks are loaded; see `prepare.LoadPlan`."""
-
-    device: torch.device
-    acceleration: AccelerationPlan
-    vae_way: VaeWay | None
-
-    def forward_way(self, config: S2VModelConfig) -> ForwardWay: ...
-
-    def dtype(self, kind: str) -> torch.dtype: ...
-
-    def prepare(self, kind: str) -> Callable[[nn.Module], None]: ...
-
-    def finish(self, kind: str, network: nn.Module) -> None: ...
 
 
 class Networks(Protocol):
-    """Where the networks come from."""
+    """Where the networks of stages come from."""
 
     device: torch.device
     """Where stages compute, and where their tensors are."""
-    acceleration: AccelerationPlan | None
-    """How the DiT is made faster for sampling; None uses it as it is."""
-    limits: MemoryLimits
-    """What stages may use."""
-    loading: Loading
-    """How they are loaded and compute."""
-    names: tuple[str, ...]
-    """Which there are."""
-
-    def dit_config(self) -> S2VModelConfig:
-        """Of the DiT; a second one has the same."""
 
     def use(self, name: str, planned: Planned = WHOLE) -> AbstractContextManager[nn.Module]:
         """A network on its device for one stage, as planned. `name`: its kind, or LOW_NOISE_DIT."""
@@ -66,159 +30,6 @@ class Networks(Protocol):
 
     def sizes(self, name: str) -> Sizes:
         """Of a network, whether it is loaded or not."""
-
-
-def sizes_of(path: str | Path, kind: str, loading: Loading) -> Sizes:
-    """Sizes of a network that may not be loaded yet."""
-    network = find_part(path, kind).build()
-    loading.prepare(kind)(network)
-    return Sizes.of(Placement(set_types(network, loading.dtype(kind))))
-
-
-def load_placed(path: str | Path, kind: str, loading: Loading, packs: bool, check: Check | None = None) -> Placement:
-    """A network in host memory, ready to be placed.
-
-    Args:
-        packs: put each layer into a piece of memory of its own as soon as it is read, so that a mapped file and these
-            pieces are never in memory together.
-        check: called before each tensor; may raise to stop.
-    """
-    placements: list[Placement] = []
-
-    def watch(network: nn.Module, weights: Weights) -> OnTensor:
-        placements.append(Placement(network))
-        pack = placements[0].packer(weights.let_go) if packs else lambda name: None
-
-        def arrived(name: str) -> None:
-            pack(name)
-            if check:
-                check()
-
-        return arrived
-
-    network = load(path, kind, loading.dtype(kind), "cpu", loading.prepare(kind), watch)
-    loading.finish(kind, network)
-    placement = placements[0] if packs else Placement(network)  # finishing may have changed its layers
-    placement.take_down()
-    return placement
-
-
-class CheckpointNetworks:
-    """Networks from files, each loaded when it is first needed.
-
-    Args:
-        paths: kind, or LOW_NOISE_DIT -> file or folder.
-        loading: types, device and preparation.
-        offload: when networks leave the device, one of `config.OFFLOADS`.
-        text_device: elsewhere for the text encoder, such as "cpu".
-        limits: of memory.
-        check: called while networks are loaded; may raise to stop.
-    """
-
-    def __init__(
-        self,
-        paths: Mapping[str, Path],
-        loading: Loading,
-        offload: str = AUTO,
-        text_device: str | None = None,
-        limits: MemoryLimits = NO_LIMITS,
-        check: Check | None = None,
-    ):
-        self.paths, self.loading, self.offload, self.limits, self.check = paths, loading, offload, limits, check
-        self.device, self.acceleration = loading.device, loading.acceleration
-        self.devices = {TEXT_ENCODER: torch.device(text_device or loading.device)}
-        self.placements: dict[str, Placement] = {}
-        """Those that are in memory; the one that was used last comes last."""
-        self._sizes: dict[str, Sizes] = {}
-        self._dit_config: S2VModelConfig | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple({**self.paths, **self.placements})
-
-    def dit_config(self) -> S2VModelConfig:
-        if self._dit_config is None:
-            dit = self.placements.get(DIT)
-            self._dit_config = find_part(self.paths[DIT], DIT).config if dit is None else dit.network.config
-        return self._dit_config
-
-    def put(self, name: str, network: nn.Module) -> None:
-        """Use this network instead of the one in the file. It lies where it is to be between stages."""
-        self.placements[name] = Placement(network)
-
-    def forget(self) -> None:
-        """Let all networks go; those that are needed again are loaded again."""
-        self.placements.clear()
-
-    @property
-    def loaded(self) -> dict[str, nn.Module]:
-        """Those that are in memory."""
-        return {name: placement.network for name, placement in self.placements.items()}
-
-    def device_of(self, name: str) -> torch.device:
-        return self.devices.get(name, self.device)
-
-    def sizes(self, name: str) -> Sizes:
-        if name not in self._sizes:
-            placement = self.placements.get(name)
-            known = sizes_of(self.paths[name], kind_of(name), self.loading) if placement is None else None
-            self._sizes[name] = known or Sizes.of(placement)
-        return self._sizes[name]
-
-    def room(self, name: str) -> Room:
-        device, own = self.device_of(name), self.placements.get(name)
-        others = sum(other.device_bytes for other in self.placements.values() if other is not own)
-        return room_on(device, self.limits, others + (own.bytes_on(device) if own else 0))
-
-    @contextmanager
-    def use(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
-        device, plan = self.device_of(name), planned.plan
-        self.placements[name] = placement = self._placement(name, plan.locks and plan.swaps)
-        if plan.swaps:
-            placement.take_back()
-        needed = planned.bytes - (0 if plan.swaps else placement.bytes_on(device))
-        self._make_room(needed, device, placement)
-        with within_limit(device, self.limits, needed):
-            if plan.swaps:
-                try:
-                    with placement.on(device, plan, self.check) as network:
-                        yield network
-                finally:
-                    free_unused(device)
-                return
-            self._send(placement, device)
-            try:
-                yield placement.network
-            finally:
-                if self.offload != AUTO:
-                    placement.take_back()
-                    free_unused(device)
-
-    def recover(self) -> None:
-        for placement in self.placements.values():
-            placement.take_back()
-        free_unused(self.device)
-
-    def _send(self, placement: Placement, device: torch.device) -> None:
-        try:
-            placement.send(device, check=self.check)
-        except BaseException:
-            placement.take_back()
-            raise
-
-    def _make_room(self, needed_bytes: int, device: torch.device, keep: Placement) -> None:
-        """Networks that stay leave for one that needs their room, the one that was used longest ago first."""
-        for other in list(self.placements.values()):
-            free = room_on(device, self.limits).device_bytes
-            if free is None or free >= needed_bytes:
-                return
-            if other is not keep and other.device_bytes:
-                other.take_back()
-                free_unused(device)
-
-    def _placement(self, name: str, packs: bool) -> Placement:
-        known = self.placements.pop(name, None)
-        return known or load_placed(self.paths[name], kind_of(name), self.loading, packs, self.check)
 
 
 def room_on(device: torch.device, limits: MemoryLimits, returnable_bytes: int = 0, reserved_bytes: int = 0) -> Room:

@@ -341,16 +341,26 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     prepare: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Find one network and load it; see `load_part`."""
+    return load_part(find_part(path, kind), dtype, device, prepare)
+
+
+def load_part(
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
     watch: Callable[[nn.Module, Weights], OnTensor] | None = None,
 ) -> nn.Module:
-    """Find, build and fill one network. The typed functions below are for callers.
+    """Build and fill one network. The typed functions below are for callers.
 
     Args:
         prepare: changes the network before it has weights, such as which modules store them and how.
         watch: given the network before it has weights, and where they come from -> what is called as they come.
     """
-    part = find_part(path, kind)
-    tokenizer = find_tokenizer(part) if kind == TEXT_ENCODER else None  # missing files are told before long loading
+    is_text = part.kind == TEXT_ENCODER
+    tokenizer = find_tokenizer(part) if is_text else None  # missing files are told before long loading
     network = part.build()
     if prepare:
         prepare(network)

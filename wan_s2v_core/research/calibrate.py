@@ -86,7 +86,7 @@ def split_checkpoint(
     """
     began = time.monotonic()
     networks = open_checkpoint(request.checkpoint, plan_loading(request.precision, usable_device(request.device)))
-    config = find_part(request.checkpoint, DIT).config
+    config = networks.dit_config()
     check_dense(config)
     check_split(config.feed_forward_width, request.experts)
     out = Path(request.out)
