@@ -19,6 +19,7 @@ from wan_s2v_core.model.checkpoint import DIT
 from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 INPUT = ["--audio", embedded(VOICE), "--image", embedded(PORTRAIT), "--device", "cpu"]
 SMALL = [*INPUT, "--size", "64x64", "--infer_frames", "20", "--steps", "2"]
 ROUNDING_LEVELS = 1

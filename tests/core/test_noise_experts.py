@@ -28,6 +28,7 @@ from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.denoise import denoise
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 CPU = torch.device("cpu")
 ONLY_HIGH, MIXED, ONLY_LOW = 0.5, 0.9, 0.9995
 """Boundaries; the two steps of the tests are at sigma 0.999 and 0.75."""
