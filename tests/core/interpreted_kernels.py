@@ -1,5 +1,5 @@
-"""The Triton kernels as Python on the CPU, against the plain steps. Run by test_pointwise.py in a process of its own,
-in which TRITON_INTERPRET is set before Triton is imported."""
+"""The Triton kernels as Python on the CPU, against the plain steps. Run by test_interpreted.py in a process in
+which TRITON_INTERPRET is set before Triton is imported."""
 
 import gc
 from dataclasses import replace
