@@ -1,5 +1,6 @@
 """Sparse attention: which tiles are looked at, in which order tokens lie, and when all is looked at."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -30,7 +31,8 @@ from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, Accelerati
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.memory.networks import CheckpointNetworks
 from wan_s2v_core.model.attention import sdpa
-from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
+from wan_s2v_core.model.checkpoint import DIT
+from wan_s2v_core.model.loading import load_transformer
 from wan_s2v_core.model.pointwise import Pointwise
 from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import accelerate, plan_loading, set_dense_steps
@@ -403,14 +405,19 @@ def counted(monkeypatch):
     registry.try_backend.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def tiny_dit(tiny_checkpoint):
+    return load_transformer(tiny_checkpoint, torch.float32)
+
+
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("steps", [(0, 4), (1, 4), (2, 3), (9, 3)], ids=lambda steps: f"{steps[0]} of {steps[1]}")
-def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted, tiny_checkpoint):
+def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted, tiny_dit):
     """Through the stages of a clip, with guidance: two forwards a step."""
     dense_steps, all_steps = steps
     plan = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_steps=dense_steps, sparse_dense_blocks=1)
-    paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    networks = CheckpointNetworks(paths, plan_loading("auto", CPU, acceleration=plan))
+    networks = CheckpointNetworks({}, plan_loading("auto", CPU, acceleration=plan))
+    networks.put(DIT, copy.deepcopy(tiny_dit))
     pipeline = S2VPipeline(networks)
     with pipeline.network(DIT) as model:
         config = model.config
