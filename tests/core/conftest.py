@@ -26,6 +26,18 @@ ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose a lot where other work shares the cores
 
 
+LONGEST_FIRST = (
+    *("test_attack", "test_nothing_lost", "test_interpreted", "test_quality", "test_resume", "test_generate"),
+    *("test_recovery", "test_small_cards", "test_fast_vae", "test_faults", "test_bench", "test_noise_experts"),
+    *("test_long_voice", "test_assets", "test_gaps", "test_expert_runs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker is left with one while the others have ended."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_collection():
     """What is there before a module's tests, such as all that libraries bring, is nobody's garbage. Runs collect often,
