@@ -26,8 +26,8 @@ from pathlib import Path
 import comfy_demo
 from environment import COMFYUI, PYTHON, ROOT, SetUpFailed, python_for, set_up_core, set_up_newer_comfyui, set_up_page
 
-SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile")
-"""For all tests: two files at a time, each with its own ComfyUI where it needs one."""
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+"""For all tests: two files at a time, each with its own ComfyUI where it needs one, long ones first (conftest.py)."""
 CORE, PACK = "tests/core", "tests/pack"
 NO_TESTS_CHOSEN = 5
 """pytest's exit code when its arguments choose nothing in a folder."""

@@ -1,25 +1,50 @@
 """Fixtures of the engine's tests: golden folder, tiny networks and a tiny checkpoint in the official layout."""
 
 import contextlib
+import gc
 import importlib.util
 import io
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # which torch needs
+from pooled_vae import pool
 
 from wan_s2v_core.attach import attached
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.cli import main
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer
+from wan_s2v_core.model.vae import VideoVAE
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in background jobs of a shell, whose children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose a lot where other work shares the cores
+
+
+LONGEST_FIRST = (
+    *("test_attack", "test_nothing_lost", "test_interpreted", "test_quality", "test_resume", "test_generate"),
+    *("test_recovery", "test_small_cards", "test_fast_vae", "test_faults", "test_bench", "test_noise_experts"),
+    *("test_long_voice", "test_assets", "test_gaps", "test_expert_runs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker is left with one while the others have ended."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """What is there before a module's tests, such as all that libraries bring, is nobody's garbage. Runs collect often,
+    and looking through all of it takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +63,32 @@ def tiny_maker():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_maker, tmp_path_factory) -> Path:
-    return tiny_maker.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    """Made once for all workers of pytest-xdist; whoever damages it or puts files beside it takes a copy."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_checkpoint"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            tiny_maker.make_checkpoint(folder.with_suffix(".part")).rename(folder)
+    gc.freeze()  # it has brought the large libraries
+    return folder
+
+
+REAL_VAE = VideoVAE.encode, VideoVAE.decode
+
+
+@pytest.fixture(scope="module")
+def pooled_vae():
+    """Pooling in place of the VAE's convolutions, in all tests of a module that do not ask for `real_vae`."""
+    with pytest.MonkeyPatch.context() as patch:
+        pool(patch)
+        yield
+
+
+@pytest.fixture
+def real_vae(monkeypatch):
+    """Where a module's tests take `pooled_vae`: this one does not."""
+    monkeypatch.setattr(VideoVAE, "encode", REAL_VAE[0])
+    monkeypatch.setattr(VideoVAE, "decode", REAL_VAE[1])
 
 
 TINY = S2VModelConfig(

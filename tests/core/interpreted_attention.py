@@ -1,5 +1,5 @@
-"""The Triton attention kernels as Python on the CPU. Run by test_portable_attention.py in a process of its own, in
-which TRITON_INTERPRET is set before Triton is imported."""
+"""The Triton attention kernels as Python on the CPU. Run by test_interpreted.py in a process in which
+TRITON_INTERPRET is set before Triton is imported."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,10 @@
-"""The Triton kernels as Python on the CPU, against the plain steps. Run by test_pointwise.py in a process of its own,
-in which TRITON_INTERPRET is set before Triton is imported."""
+"""The Triton kernels as Python on the CPU, against the plain steps. Run by test_interpreted.py in a process in
+which TRITON_INTERPRET is set before Triton is imported."""
 
 import gc
+import inspect
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,6 +38,21 @@ def convert(values, source, target, rounding=None):
     wide = wide.clamp(-448, 448) if target.name == "fp8e4nv" else wide
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[target.primitive_bitwidth // 8]
     return wide.to(TYPES[target.name]).view(bits).numpy().view(f"u{target.primitive_bitwidth // 8}")
+
+
+@cache
+def names_of_builtins(part: object) -> list[str]:
+    return [name for name, member in inspect.getmembers(part) if interpreter.tl.core.is_builtin(member)]
+
+
+def patch_builtins(part, builder, scope) -> None:
+    """As Triton 3.6's interpreter, which looks through all of Triton's language for each call of a function."""
+    for name in names_of_builtins(part):
+        if interpreter.tl.core.is_builtin(member := getattr(part, name)):
+            interpreter._patch_attr(part, name, member, builder, scope)
+
+
+interpreter._patch_builtin = patch_builtins
 
 
 @pytest.fixture(autouse=True)

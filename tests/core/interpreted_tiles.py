@@ -1,5 +1,5 @@
 """The kernels that make 8-bit tiles as Python on the CPU, and what the 8-bit attention kernel computes from them. Run
-by test_hopper_tiles.py in a process of its own, in which TRITON_INTERPRET is set before Triton is imported.
+by test_interpreted.py in a process in which TRITON_INTERPRET is set before Triton is imported.
 
 Triton's interpreter cuts float32 off when it makes e4m3; `honest_rounding` has it round, as a card does.
 """

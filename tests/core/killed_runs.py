@@ -11,16 +11,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from pooled_vae import pool
 
 from wan_s2v_core.config import SamplingConfig, VideoConfig
 from wan_s2v_core.io.video import VideoWriter, read_frames
+from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.loading import find_part
 from wan_s2v_core.render import RenderRequest, render
 
 WRITES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 KILLED, NEVER = 9, 10**9
 box, checkpoint = Path(sys.argv[1]), sys.argv[2]
 chance, scene = random.Random(int(sys.argv[3])), sys.argv[4]
+pool(pytest.MonkeyPatch())
+for kind in PART_LABELS:  # what this imports takes longer than a run, and children need not do it again
+    find_part(checkpoint, kind).build()
 
 
 def make(name: str, **changes) -> None:

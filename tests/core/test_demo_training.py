@@ -3,7 +3,8 @@
 import copy
 import importlib
 import json
-import subprocess
+import os
+import socket
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 from wan_s2v_core.assets import PORTRAIT, VOICE, embedded
 from wan_s2v_core.bench.random_weights import fill_random
@@ -289,29 +291,25 @@ def test_the_trained_function_is_the_model(demo, tiny_config, clips, kind, fresh
     torch.testing.assert_close(demo.train_dit.velocity(quick, latents, timesteps, inputs), expected, atol=1e-4, rtol=0)
 
 
-RANK = """
-import sys
-import torch
-from training import Ranks
-
-ranks = Ranks()
-used, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
-used.grad = torch.full((2, 3), 1.0 + ranks.rank)
-if ranks.rank:
-    other.grad = torch.ones(2, 3)
-ranks.average_gradients([used, other])
-found = {"used": used.grad, "other": other.grad, "share": torch.tensor(ranks.agreed(0.2 + 0.4 * ranks.rank))}
-torch.save(found, f"{sys.argv[1]}/{ranks.rank}.pt")
-ranks.close()
-"""
+def run_rank(rank: int, folder: Path, port: int) -> None:
+    """One of two ranks, in a fork of this process, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    training = importlib.import_module("training")
+    ranks = training.Ranks()
+    used, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    used.grad = torch.full((2, 3), 1.0 + ranks.rank)
+    if ranks.rank:
+        other.grad = torch.ones(2, 3)
+    ranks.average_gradients([used, other])
+    found = {"used": used.grad, "other": other.grad, "share": torch.tensor(ranks.agreed(0.2 + 0.4 * ranks.rank))}
+    torch.save(found, folder / f"{rank}.pt")
+    ranks.close()
 
 
-def test_ranks_share_gradients_and_time(tmp_path, monkeypatch):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    monkeypatch.setenv("PYTHONPATH", str(DEMO))
-    start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    subprocess.run([*start, str(script), str(tmp_path)], check=True, timeout=100)
+def test_ranks_share_gradients_and_time(demo, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start_processes(run_rank, (tmp_path, port), nprocs=2, start_method="fork")
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert (found["used"] == 1.5).all() and (found["other"] == 0.5).all()

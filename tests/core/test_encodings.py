@@ -6,13 +6,15 @@ from itertools import count
 
 import pytest
 import torch
-from test_generate import command, inputs, kept_pictures  # noqa: F401  (fixtures)
+from test_generate import command, inputs, kept_pictures, media  # noqa: F401  (fixtures)
 
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import encodings, records
 from wan_s2v_core.io.encodings import EncodingStore
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
 from wan_s2v_core.networks import CheckpointNetworks
+
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Experts in a whole run: dense checkpoints and those with experts, through the command line."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.model.checkpoint import dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 ROUNDING_LEVELS = 1
 """Of 255."""
 
@@ -36,9 +39,9 @@ def video_of(run_cli, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def routed_checkpoint(tiny_maker, tmp_path_factory):
+def routed_checkpoint(tiny_maker, tiny_checkpoint, tmp_path_factory):
     """The tiny checkpoint with eight learned experts, of which a token sees three."""
-    folder = tiny_maker.make_checkpoint(tmp_path_factory.mktemp("routed"))
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("routed") / "checkpoint"))
     for shard in folder.glob("*.safetensors*"):
         shard.unlink()
     config = replace(tiny_maker.DIT_CONFIG, num_experts=8, top_k=3, feed_forward_width=32)

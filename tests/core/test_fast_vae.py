@@ -1,9 +1,6 @@
 """The fast VAE: the same numbers as the plain one, whole, in tiles and in steps, and its kernels on an interpreter."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -255,76 +252,3 @@ def test_taps_as_channels(fresh_seed):
     spread = F.pad(F.conv3d(x, spread_taps(weight)), (1, 1, 1, 1)).unflatten(1, (9, 3))
     found = sum(spread[:, tap, :, :, tap // 3 :, tap % 3 :][..., :6, :7] for tap in range(9))
     torch.testing.assert_close(found, F.conv3d(x, weight, padding=(0, 1, 1)), atol=1e-4, rtol=0)
-
-
-INTERPRETED = """
-import sys, torch, torch.nn.functional as F
-from torch import nn
-torch.set_num_threads(1)
-from wan_s2v_core.acceleration.vae.network import FastNetwork
-from wan_s2v_core.acceleration.vae.packing import DOWN, FRAME, UP
-from wan_s2v_core.acceleration.vae.streams import Convolution, KernelStream, LibraryStream
-from wan_s2v_core.bench.random_weights import fill_random
-from wan_s2v_core.model.vae import VideoVAE
-
-seed = int(sys.argv[1])
-torch.manual_seed(seed)
-close = lambda found, wanted: torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-
-def made(layer, mode=FRAME):
-    layer = Convolution(layer, None, KernelStream, torch.float32, mode)
-    layer.frames = 3
-    return layer
-
-with torch.inference_mode():
-    for channels, outputs in ((24, 88), (40, 8)):  # in one piece and in two; taps one by one, and three together
-        plain, stream = nn.Conv3d(channels, outputs, 3), KernelStream()
-        video = torch.randn(channels, 4, 5, 19)
-        layer = made(plain)
-        added = torch.randn(outputs, 4, 5, 19)
-        beside = stream.enter(added, torch.float32)
-        found = [stream.convolve(layer, stream.enter(video[:, part], torch.float32), beside[part])
-                 for part in (slice(0, 1), slice(1, 4))]
-        found = torch.cat(found)
-        assert found[:, :, 19].eq(0).all()
-        close(stream.leave(found) - added, plain(F.pad(video[None], (1, 1, 1, 1, 2, 0)))[0])
-    for height, width in ((6, 10), (7, 9)):
-        x = torch.randn(2, 24, height, width)
-        plain, stream = nn.Conv2d(24, 16, 3, padding=1), KernelStream()
-        entered = stream.enter(x.transpose(0, 1), torch.float32)
-        found = stream.enlarge(made(plain, UP), entered)
-        assert found[:, :, -1].eq(0).all()
-        close(stream.leave(found).transpose(0, 1), plain(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
-        plain = nn.Conv2d(24, 16, 3, 2)
-        found = stream.shrink(made(plain, DOWN), entered)
-        assert found[:, :, -1].eq(0).all()
-        close(stream.leave(found).transpose(0, 1), plain(F.pad(x, (0, 1, 0, 1))))
-    for outputs, way in ((48, "double_time"), (24, "halve_time")):
-        plain = nn.Conv3d(24, outputs, (3, 1, 1))
-        results = []
-        for kind in (KernelStream, LibraryStream):
-            torch.manual_seed(seed)
-            stream, layer = kind(), Convolution(plain, None, kind, torch.float32)
-            parts = [stream.enter(torch.randn(24, frames, 3, 7), torch.float32) for frames in (2, 4)]
-            stream.pasts[layer] = parts[0][:2 if outputs == 48 else 1]
-            results.append(torch.cat([stream.leave(getattr(stream, way)(layer, part)) for part in parts], 1))
-        assert results[0].shape[1] == (12 if outputs == 48 else 3)
-        close(*results)
-    vae = VideoVAE(width=8)
-    fill_random(vae, seed)
-    latents = torch.randn(1, 16, 1, 1, 2)
-    video = torch.rand(1, 3, 1, 8, 17) * 2 - 1
-    wanted = vae.encode(video), vae.decode(latents)
-    vae.network = FastNetwork(vae.network, KernelStream, torch.float32)
-    close(vae.encode(video), wanted[0])
-    close(vae.decode(latents), wanted[1])
-"""
-
-
-def test_kernels_are_the_same(fresh_seed):
-    """On Triton's interpreter, in float32: its products know no bfloat16."""
-    pytest.importorskip("triton.tools.tensor_descriptor")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", INTERPRETED, str(fresh_seed)]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

@@ -1,25 +1,33 @@
 """The whole job on the tiny checkpoint: files in, a playable video out, and one clear message for what cannot work."""
 
 import json
+import shutil
 import wave
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from wan_s2v_core import cli
 from wan_s2v_core import render as rendering
 from wan_s2v_core.cli import make_parser, sampling_of
-from wan_s2v_core.config import PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
+from wan_s2v_core.config import NOISE_BOUNDARY, PRESETS, AccelerationPlan, SamplingConfig, VideoConfig, preset_lines
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.io import weights
 from wan_s2v_core.io.clip_store import ClipStore
 from wan_s2v_core.io.video import VideoWriter, probe_video, read_frames
-from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.checkpoint import DIT, PART_LABELS
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.sampling.schedule import make_schedule
 
 RATE = 22050
+
+
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 
 
 def write_wav(path, samples, rate=RATE):
@@ -33,16 +41,24 @@ def write_wav(path, samples, rate=RATE):
     return path
 
 
-@pytest.fixture
-def inputs(tmp_path):
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
     """A voice of 2.3 s in stereo, a picture, and a driving video of half that length."""
+    folder = tmp_path_factory.mktemp("media")
     times = np.arange(int(2.3 * RATE)) / RATE
     voice = 0.4 * np.sin(2 * np.pi * 220 * times) * (np.sin(2 * np.pi * 3 * times) > 0)
-    write_wav(tmp_path / "voice.wav", np.stack([voice, 0.5 * voice], axis=1))
+    write_wav(folder / "voice.wav", np.stack([voice, 0.5 * voice], axis=1))
     noise = np.random.default_rng().integers(0, 255, (90, 70, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "face.png")
-    with VideoWriter(tmp_path / "pose.mp4", 64, 96, 25) as writer:
+    Image.fromarray(noise).save(folder / "face.png")
+    with VideoWriter(folder / "pose.mp4", 64, 96, 25) as writer:
         writer.write(torch.randint(0, 255, (28, 96, 64, 3), dtype=torch.uint8))
+    return folder
+
+
+@pytest.fixture
+def inputs(media, tmp_path):
+    """Copies of them, in the folder where videos go."""
+    shutil.copytree(media, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -70,7 +86,7 @@ def command(inputs, tiny_checkpoint):
     return make
 
 
-def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs):
+def test_a_voice_and_a_picture_become_a_video(command, run_cli, inputs, real_vae):
     code, out, err = run_cli(*command())
     assert code == 0, err
     report = json.loads(out)
@@ -129,35 +145,147 @@ def test_same_seed_same_video_and_clips_can_be_kept(command, run_cli, inputs):
     assert settings["sampling"]["seed"] == 3 and settings["video"]["clip_frames"] == 20
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"pose_video": "pose.mp4"},
-        {"start_from_ref": True},
-        {"clip_plan": "reference", "timing": "reference"},
-        {"sample_solver": "dpm++", "sample_shift": 5, "spacing": "karras"},
-        {"sample_guide_scale": 1},
-        {"colour_match": 1},
-        {"audio_guide_scale": 2.0},
-        {"audio_start": 0.5, "audio_seconds": 1.0},
-        {"fit": "pad", "fps": 25},
-        {"attention": "sdpa", "fused": False, "vae_precision": "float32"},
-        {"attention": "auto8"},
-        {"sparse_keep": 0.5, "sparse_by": "distance", "sparse_dense_steps": 1, "sparse_dense_blocks": 0},
-        {"convert_model_dtype": True, "t5_cpu": True, "offload_model": "True", "task": "s2v-14B", "ulysses_size": 1},
-    ],
-    ids=lambda flags: "-".join(flags),
-)
-def test_options_work(flags, command, run_cli, inputs):
-    flags = {name: inputs / value if name == "pose_video" else value for name, value in flags.items()}
+FLAGS = {  # flag -> what is given, and the settings that it changes
+    "ckpt_dir": ("other", {"checkpoint": "other"}),
+    "audio": ("other.wav", {"audio": "other.wav"}),
+    "image": ("other.png", {"image": "other.png"}),
+    "prompt": ("a face", {"prompt": "a face"}),
+    "negative_prompt": ("a wall", {"negative_prompt": "a wall"}),
+    "save_file": ("other.mkv", {"save_file": "other.mkv"}),
+    "size": ("96*80", {"max_area": 96 * 80}),
+    "pose_video": ("pose.mp4", {"pose_video": "pose.mp4"}),
+    "num_clip": (3, {"clips": 3}),
+    "infer_frames": (40, {"clip_frames": 40}),
+    "preset": ("ComfyUI template", {"steps": 20, "shift": 8.0, "guidance_scale": 6.0}),
+    "sample_steps": (7, {"steps": 7}),
+    "sample_shift": (5, {"shift": 5.0}),
+    "sample_solver": ("dpm++", {"solver": "dpm++"}),
+    "sample_guide_scale": (2, {"guidance_scale": 2.0}),
+    "base_seed": (4, {"seed": 4}),
+    "start_from_ref": (True, {"starts_from_reference": True}),
+    "offload_model": ("True", {"offload": "always"}),
+    "convert_model_dtype": (True, {"precision": "bfloat16"}),
+    "t5_cpu": (True, {"text_on_cpu": True}),
+    "audio_guide_scale": (2, {"audio_guidance_scale": 2.0}),
+    "spacing": ("karras", {"spacing": "karras"}),
+    "timesteps": ("1000,500", {"timesteps": [1000.0, 500.0], "steps": 2}),
+    "audio_start": (0.5, {"audio_start": 0.5}),
+    "audio_seconds": (1, {"audio_seconds": 1.0}),
+    "fps": (25, {"fps": 25.0}),
+    "fit": ("pad", {"fit": "pad"}),
+    "timing": ("reference", {"timing": "reference"}),
+    "clip_plan": ("reference", {"clip_plan": "reference"}),
+    "device": ("cpu:0", {"device": "cpu:0"}),
+    "precision": ("float16", {"precision": "float16"}),
+    "noise": ("reference", {"noise": "reference"}),
+    "colour_match": (0.5, {"colour_match": 0.5}),
+    "hear_past": (True, {"hears_past": True}),
+    "no_metadata": (True, {"metadata": False}),
+    "keep_clips": (True, {"keep_clips": True}),
+    "cache_dir": ("kept", {"cache_dir": "kept"}),
+    "moe_top_k": (2, {"top_k": 2}),
+    "moe_expert_capacity": (64, {"expert_capacity": 64}),
+    "moe_overflow": ("drop", {"overflow": "drop"}),
+    "moe_gate_dropout": (0.1, {"gate_dropout": 0.1, "gate_dropout_seed": 3}),
+    "noise_expert": ("low", {"noise_expert": "low", "noise_boundary": NOISE_BOUNDARY}),
+    "noise_boundary": (0.8, {"noise_boundary": 0.8}),
+    "attention": ("sdpa", {"attention": "sdpa"}),
+    "sparse_keep": (0.5, {"sparse_keep": 0.5}),
+    "sparse_by": ("distance", {"sparse_by": "distance"}),
+    "sparse_dense_steps": (1, {"sparse_dense_steps": 1}),
+    "sparse_dense_blocks": (0, {"sparse_dense_blocks": 0}),
+    "fused": (False, {"fused": False}),
+    "vae_precision": ("float32", {"vae": "float32"}),
+    "vram_limit_gb": (8, {"vram_limit_gb": 8.0}),
+    "resident_blocks": (2, {"resident_blocks": 2}),
+    "slice_tokens": (256, {"slice_tokens": 256}),
+    "t5_precision": ("float8-weights", {"text_precision": "float8-weights"}),
+    "vae_tile": (384, {"tile_px": 384}),
+    "weights": ("mapped", {"weights": "mapped"}),
+}
+BESIDE = {"preset": {"sample_steps": None}, "moe_overflow": {"moe_expert_capacity": 9}}
+"""What the command has otherwise, with and without a flag that needs it."""
+NO_SETTINGS = {"task", "dry_run", "json", "verbose", "run"}
+"""What has one value, or decides what is told of a run."""
+
+
+def flat(settings):
+    """Name and value of all settings, those inside of others too."""
+    for name, value in settings.items():
+        yield from flat(value) if isinstance(value, dict) else [(name, value)]
+
+
+@pytest.fixture
+def settings_of(run_cli, command, monkeypatch):
+    """All settings that `generate` hands to a run, by their names, which are unique."""
+
+    def ask(**changes):
+        told = []
+
+        def keep(*given):
+            told.extend(pair for part in given if hasattr(part, "to_dict") for pair in flat(part.to_dict()))
+            return 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "make_video", keep)
+            code, _, err = run_cli(*command(**changes))
+        assert code == 0 and len(dict(told)) == len(told) > 50, err
+        return dict(told)
+
+    return ask
+
+
+def test_every_flag_of_generate_is_looked_at():
+    known = vars(make_parser().parse_args(["generate", "--ckpt_dir", "m", "--audio", "a.wav"])).keys()
+    assert known == FLAGS.keys() | NO_SETTINGS | cli.NOT_YET.keys()
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_changes_its_settings_and_no_others(flag, settings_of):
+    value, expected = FLAGS[flag]
+    beside = BESIDE.get(flag, {})
+    before, after = settings_of(**beside), settings_of(**{**beside, flag: value})
+    assert {name: after[name] for name in after if after[name] != before[name]} == expected
+
+
+TOGETHER = {
+    "as many as go together": dict(
+        pose_video="pose.mp4", start_from_ref=True, sample_solver="dpm++", sample_shift=5, spacing="karras",
+        sample_guide_scale=3, audio_guide_scale=2.0, audio_start=0.5, audio_seconds=1.0, fit="pad", fps=25,
+        colour_match=1, noise="reference", hear_past=True, attention="auto8", sparse_keep=0.5, sparse_by="distance",
+        sparse_dense_steps=1, sparse_dense_blocks=0, fused=False, vae_precision="float32", convert_model_dtype=True,
+        t5_cpu=True, offload_model="True", task="s2v-14B", ulysses_size=1, cache_dir="kept", keep_clips=True,
+        num_clip=3, prompt="a face", negative_prompt="a wall", weights="mapped",
+    ),
+    "others": dict(
+        clip_plan="reference", timing="reference", sample_guide_scale=1, sample_solver="euler", attention="sdpa",
+        precision="bfloat16", t5_precision="float8-weights", fit="reference", no_metadata=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", TOGETHER.values(), ids=TOGETHER)
+def test_flags_reach_the_networks(flags, command, run_cli, inputs, settings_of, monkeypatch, real_vae):
+    """What was asked for is what the pipeline runs with, and a video comes out."""
+    flags = {name: inputs / value if name in ("pose_video", "cache_dir") else value for name, value in flags.items()}
+    asked, used, generate = settings_of(**flags), {}, S2VPipeline.generate
+
+    def watched(self, job, sampling, *given):
+        networks = self.networks
+        for part in (job.video, sampling, networks.loading.acceleration, networks.limits):
+            used.update(part.to_dict())
+        used["offload"], used["device"] = networks.offload, str(networks.device)
+        used["precision"] = str(networks.loading.dtype(DIT)).removeprefix("torch.")
+        assert (job.pose is None) == (asked["pose_video"] is None)
+        return generate(self, job, sampling, *given)
+
+    monkeypatch.setattr(S2VPipeline, "generate", watched)
     code, out, err = run_cli(*command(**flags))
     assert code == 0, err
+    assert len(used) > 30 and used == {name: asked[name] for name in used}
     report = json.loads(out)
-    seconds = flags.get("audio_seconds", 2.3)
-    if flags.get("clip_plan") == "reference":
-        assert report["frames"] == 2 * 20 - 3
-    else:
-        assert report["frames"] == round(report["fps"] * seconds)
+    whole_clips = flags.get("clip_plan") == "reference"
+    assert report["frames"] == (2 * 20 - 3 if whole_clips else round(report["fps"] * flags["audio_seconds"]))
     assert probe_video(report["path"]).frames == report["frames"]
 
 
@@ -188,37 +316,44 @@ def test_presets_are_told_where_they_are_chosen(capsys):
     assert all(line in told for line in preset_lines()) and len(preset_lines()) == len(PRESETS)
 
 
+def render_small(folder, checkpoint, name="out.mp4", stop=None, seed=3, acceleration=None, **changes):
+    """A video of 37 frames in 2 clips of what is in a folder -> the report, and the steps that were told."""
+    files = (str(checkpoint), str(folder / "voice.wav"), str(folder / "face.png"), str(folder / name))
+    video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
+    seen = []
+
+    def tell(clip, clips, step):
+        seen.append((clip, step))
+        if (clip, step) == stop:
+            raise KeyboardInterrupt
+
+    request = rendering.RenderRequest(*files, **changes)
+    made = rendering.render(request, video, sampling, tell, acceleration=acceleration)
+    return made, seen
+
+
 @pytest.fixture
 def make(inputs, tiny_checkpoint):
-    """`render` of a video of 37 frames in 2 clips; keyword arguments change its request, and what it samples."""
-
-    def run(name="out.mp4", stop=None, seed=3, acceleration=None, **changes):
-        files = (str(tiny_checkpoint), str(inputs / "voice.wav"), str(inputs / "face.png"), str(inputs / name))
-        video, sampling = VideoConfig(max_area=64 * 64, clip_frames=20), SamplingConfig(steps=2, seed=seed)
-        seen = []
-
-        def tell(clip, clips, step):
-            seen.append((clip, step))
-            if (clip, step) == stop:
-                raise KeyboardInterrupt
-
-        request = rendering.RenderRequest(*files, **changes)
-        made = rendering.render(request, video, sampling, tell, acceleration=acceleration)
-        return made, seen
-
-    return run
+    """`render_small` of the inputs; keyword arguments change its request, and what it samples."""
+    return partial(render_small, inputs, tiny_checkpoint)
 
 
 def kept_pictures(folder):
     return torch.cat([read_frames(path, 16, 0, 99) for path in sorted(folder.glob("*.mkv"))])
 
 
-@pytest.fixture
-def cut_short(make, inputs):
-    """A run that was stopped in its second clip."""
+@pytest.fixture(scope="module")
+def stopped(media, tiny_checkpoint):
+    """The clips of a run that was stopped in its second clip."""
     with pytest.raises(KeyboardInterrupt):
-        make(stop=(2, 1))
-    return inputs / "out.mp4.clips"
+        render_small(media, tiny_checkpoint, stop=(2, 1))
+    return (media / "out.mp4.clips").rename(media.with_name(f"{media.name} stopped"))
+
+
+@pytest.fixture
+def cut_short(stopped, inputs):
+    """A copy of them, where that run left them."""
+    return Path(shutil.copytree(stopped, inputs / "out.mp4.clips"))
 
 
 def test_a_run_that_was_stopped_goes_on(cut_short, make, inputs, caplog):

@@ -33,6 +33,7 @@ from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.denoise import denoise
 from wan_s2v_core.sampling.solvers import SolverState, make_solver
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 CPU = torch.device("cpu")
 ONLY_HIGH, MIXED, ONLY_LOW = 0.5, 0.9, 0.9995
 """Boundaries; the two steps of the tests are at sigma 0.999 and 0.75."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_generate import command, cut_short, inputs, kept_pictures, make  # noqa: F401  (fixtures)
+from test_generate import command, cut_short, inputs, kept_pictures, make, media, stopped  # noqa: F401  (fixtures)
 
 from wan_s2v_core import cli, pipeline
 from wan_s2v_core.config import ExpertRouting, SamplingConfig
@@ -45,6 +45,7 @@ from wan_s2v_core.sampling.clips import clip_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = 9
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 
 
 def leftovers(box: Path, name: str) -> list[str]:
@@ -430,7 +431,7 @@ def load_metadata(path: Path) -> dict[str, str]:
         (VAE, "encoding 1 frames: the Wan 2.1 VAE gives"),
     ],
 )
-def test_broken_weights_make_no_film(kind, message, value, make, inputs, monkeypatch):  # noqa: F811
+def test_broken_weights_make_no_film(kind, message, value, make, inputs, monkeypatch, real_vae):  # noqa: F811
     spoil(monkeypatch, kind, value, "encoder" if kind == VAE else "")
     with pytest.raises(CheckpointError, match=message):
         make()
@@ -438,7 +439,7 @@ def test_broken_weights_make_no_film(kind, message, value, make, inputs, monkeyp
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
-def test_a_broken_decoder_makes_no_film(value, make, inputs, monkeypatch):  # noqa: F811
+def test_a_broken_decoder_makes_no_film(value, make, inputs, monkeypatch, real_vae):  # noqa: F811
     spoil(monkeypatch, VAE, value, "decode")
     with pytest.raises(CheckpointError, match=r"decoding clip 1 of 2: the Wan 2\.1 VAE gives"):
         make()

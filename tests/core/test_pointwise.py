@@ -1,15 +1,11 @@
 """Steps between products: the plain ones by their definition, the fused ones against the plain."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import TINY
 
 from wan_s2v_core.acceleration.pointwise import FusedPointwise, fused_everywhere, fused_steps, steps_in_8_bits
 from wan_s2v_core.acceleration.rows8 import quantize_rows
@@ -153,18 +149,6 @@ def test_quantized_rows_stay_near(dtype, relative, absolute, fresh_seed):
     assert (error <= (x.abs() * relative).maximum(absolute * rows.scale) * 1.001)[whole].all()
     assert not rows.values[1, 2].float().any()
     assert not rows.dequantized()[~whole].isfinite().all(dim=-1).any()
-
-
-def test_kernels_as_python():
-    """Every kernel on the CPU, in a process in which Triton interprets them."""
-    pytest.importorskip("triton")
-    file = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-n", "0", "-p", "no:cacheprovider"]
-    has_xdist = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0
-    command = command if has_xdist else [part for part in command if part not in ("-n", "0")]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout
 
 
 def stream_arguments(adds: bool, gated: bool, norms: bool, rows8: str | None) -> tuple[dict, dict]:

@@ -3,9 +3,6 @@
 import copy
 import json
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from itertools import pairwise
 
@@ -274,33 +271,6 @@ def test_int8_in_parts_is_the_same(monkeypatch, fresh_seed):
     whole = layer(x)
     monkeypatch.setattr(int8, "ROWS_AT_ONCE", 8)
     assert torch.equal(layer(x), whole)
-
-
-def test_our_kernel_equals_the_plain_product():
-    """Triton's interpreter runs the kernel on a CPU: odd sizes, blocks larger and smaller than the product."""
-    pytest.importorskip("triton")
-    code = """
-import torch
-from torch import nn
-from wan_s2v_core.acceleration.quantization import Float8Product, Int8Product, fp8, int8
-from wan_s2v_core.acceleration.quantization.kernel import TILINGS, Tiling, multiply_rows
-from wan_s2v_core.acceleration.rows8 import quantize_rows
-
-print("seed", torch.seed())
-for m, k, n, tiling in [(37, 48, 80, None), (70, 144, 272, Tiling(32, 64, 64, 4, 2, 2)), (1, 16, 16, TILINGS[-1])]:
-    for kind, plain in ((Int8Product, int8.multiply_in_parts), (Float8Product, fp8.multiply_emulated)):
-        for bias in (True, False):
-            layer = kind(nn.Linear(k, n, bias=bias))
-            for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
-                rows = quantize_rows(torch.randn(m, k).to(dtype), layer.rows_dtype)
-                factors = (rows.values, rows.scale, layer.weight, layer.scale, layer.bias)
-                out = multiply_rows(*factors, dtype, tiling)
-                assert out.dtype == dtype
-                torch.testing.assert_close(out, plain(rows, layer), atol=1e-5, rtol=close)
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

@@ -21,6 +21,7 @@ from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT
 from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 CPU = torch.device("cpu")
 RATE = 16000
 VIDEO = VideoConfig(max_area=64 * 64, clip_frames=20)
@@ -89,6 +90,13 @@ def everything(pipeline: S2VPipeline, recording: Recording, config: SamplingConf
 
 
 @pytest.fixture
+def vae_of_stage(request):
+    """The real one where it is the stage that is looked at, and pooling beside other stages."""
+    if request.node.callspec.params["stage"] in ("encode", "decode"):
+        request.getfixturevalue("real_vae")
+
+
+@pytest.fixture
 def undisturbed(opened, recording):
     return everything(S2VPipeline(opened()), recording)
 
@@ -102,7 +110,7 @@ STAGES = (SPEECH_ENCODER, TEXT_ENCODER, "encode", DIT, "decode")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_goes_on_under_a_tighter_plan(stage, opened, recording, undisturbed, caplog):
+def test_a_stage_goes_on_under_a_tighter_plan(stage, vae_of_stage, opened, recording, undisturbed, caplog):
     pipeline = Failing(opened(ROOMY), stage, {random.randrange(2, 5)})
     with caplog.at_level(logging.WARNING):
         got = everything(pipeline, recording)

@@ -23,6 +23,7 @@ from wan_s2v_core.research import calibrate
 from wan_s2v_core.research.calibrate import sample_tokens
 from wan_s2v_core.research.split import plan_split, split_feed_forward, split_layer
 
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 INPUT = ["--audio", embedded(VOICE), "--image", embedded(PORTRAIT), "--device", "cpu"]
 SMALL = [*INPUT, "--size", "64x64", "--infer_frames", "20", "--steps", "2"]
 ROUNDING_LEVELS = 1

@@ -28,6 +28,7 @@ from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.sampling.clips import ClipTask
 
 VIDEO = VideoConfig(max_area=64 * 64, clip_frames=20, motion_frames=25)
+pytestmark = pytest.mark.usefixtures("pooled_vae")
 QUICK = SamplingConfig(steps=2, guidance_scale=1.0, seed=5)
 RATE, CLIPS, FRAMES = 16000, 4, 68
 """A recording of 4.25 s: 17 + 20 + 20 frames and a last clip of 11, cut from 20; the past spans two clips."""
@@ -146,8 +147,8 @@ def test_a_finished_run_is_taken_as_it_is(networks, whole, tmp_path):
     assert_same(tmp_path / "again", whole)
 
 
-def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path):
-    """Everything that a clip can read."""
+def test_guidance_pose_past_and_start_from_the_picture(networks, tmp_path, real_vae):
+    """Everything that a clip can read, through the real VAE."""
     pose = torch.randint(0, 256, (90, 40, 50, 3), dtype=torch.uint8)
     video = replace(VIDEO, hears_past=True, starts_from_reference=True)
     config = replace(QUICK, guidance_scale=3.0, audio_guidance_scale=2.0, noise="reference", colour_match=0.5)

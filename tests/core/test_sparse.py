@@ -1,5 +1,6 @@
 """Sparse attention: which tiles are looked at, in which order tokens lie, and when all is looked at."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -28,7 +29,8 @@ from wan_s2v_core.attach import accelerated
 from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
 from wan_s2v_core.model.attention import sdpa
-from wan_s2v_core.model.checkpoint import PART_LABELS
+from wan_s2v_core.model.checkpoint import DIT
+from wan_s2v_core.model.loading import load_transformer
 from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.networks import CheckpointNetworks
 from wan_s2v_core.prepare import plan_loading
@@ -326,14 +328,19 @@ def counted(monkeypatch):
     registry.try_backend.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def tiny_dit(tiny_checkpoint):
+    return load_transformer(tiny_checkpoint, torch.float32)
+
+
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("steps", [(0, 4), (1, 4), (2, 3), (9, 3)], ids=lambda steps: f"{steps[0]} of {steps[1]}")
-def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted, tiny_checkpoint):
+def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted, tiny_dit):
     """Through the stages of a clip, with guidance: two forwards a step."""
     dense_steps, all_steps = steps
     plan = AccelerationPlan("sdpa", sparse_keep=0.3, sparse_dense_steps=dense_steps, sparse_dense_blocks=1)
-    paths = dict.fromkeys(PART_LABELS, tiny_checkpoint)
-    networks = CheckpointNetworks(Checkpoint(paths), plan_loading("auto", CPU, acceleration=plan))
+    networks = CheckpointNetworks(Checkpoint({}), plan_loading("auto", CPU, acceleration=plan))
+    networks.put(DIT, copy.deepcopy(tiny_dit))
     config = networks.dit_config()
     noise = torch.randn(1, 16, 5, 16, 20)
     inputs, negative = clip_inputs(config, noise)

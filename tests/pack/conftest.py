@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import wave
@@ -19,6 +20,7 @@ import av
 import numpy as np
 import pytest
 from comfy_server import ComfyServer, sigterm_as_interrupt
+from filelock import FileLock  # which torch needs
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,22 +96,46 @@ def start_with_card(comfy):
 
 
 @pytest.fixture(scope="session")
-def dense_checkpoint(comfy) -> str:
+def dense_checkpoint(comfy, random_checkpoint) -> str:
     """A model without experts, unlike the embedded one: random weights -> its name in the menus."""
     return random_checkpoint(comfy, "Dense", 0)
 
 
 @pytest.fixture(scope="session")
-def second_checkpoint(comfy) -> str:
+def second_checkpoint(comfy, random_checkpoint) -> str:
     """As the dense one, with other random weights."""
     return random_checkpoint(comfy, "Second", 1)
 
 
-def random_checkpoint(comfy, name: str, seed: int) -> str:
-    folder = comfy.base / "models" / "diffusion_models" / name
-    maker = [sys.executable, ROOT / "demo" / "tiny_checkpoint.py", folder, "--seed", str(seed)]
-    subprocess.run(maker, check=True, capture_output=True)
-    return f"{name} (folder)"
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    """Put a checkpoint with random weights into a server's models; all workers of pytest-xdist make each seed once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def put(comfy, name: str, seed: int) -> str:
+        made = shared / f"random_checkpoint_{seed}"
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists():
+                part = made.with_suffix(".part")
+                maker = [sys.executable, ROOT / "demo" / "tiny_checkpoint.py", part, "--seed", str(seed)]
+                subprocess.run(maker, check=True, capture_output=True)
+                part.rename(made)
+        shutil.copytree(made, comfy.base / "models" / "diffusion_models" / name)
+        return f"{name} (folder)"
+
+    return put
+
+
+LONGEST_FIRST = (
+    *("test_page", "test_workflows", "test_bad_inputs", "test_random_prompts"),
+    *("test_one_node", "test_forecast"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker is left with one while the others have ended."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
 
 
 @pytest.fixture(scope="session")
