@@ -77,7 +77,7 @@ class SmallFilm:
     """A film of few pixels through a VAE of the released size, whose weights are whatever lies in memory.
 
     It compiles the kernels that any size needs; only where the VAE has such kernels, and VRAM to spare: this takes
-    0.6 GB for a while.
+    0.8 GB for a while.
     """
 
     FRAMES, SIDE_PX, ROOM_BYTES = 9, 64, 16e9
