@@ -62,6 +62,28 @@ def techniques(
     )
 
 
+class KeptTechniques:
+    """What was made for the last plans, so that the same objects serve all clips of a run."""
+
+    def __init__(self):
+        self._made: dict[tuple, tuple[Technique, ...]] = {}
+
+    def of(
+        self,
+        model: S2VTransformer,
+        plan: AccelerationPlan,
+        memory: OffloadPlan,
+        timesteps: tuple[float, ...],
+        routing: ExpertRouting | None,
+    ) -> tuple[Technique, ...]:
+        """As `techniques`. `routing`: None for models without experts."""
+        routing = routing or NO_ROUTING
+        key = plan, memory, timesteps, routing, model.dtype, model.device
+        if key not in self._made:
+            self._made = {key: techniques(model, plan, memory, timesteps, routing)}
+        return self._made[key]
+
+
 def accelerated(
     model: S2VTransformer, plan: AccelerationPlan, memory: OffloadPlan = EVERYTHING
 ) -> AbstractContextManager[None]:

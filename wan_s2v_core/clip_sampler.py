@@ -4,8 +4,7 @@ Tensors and settings go in, latents and the predictions of each step come out; w
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -14,20 +13,19 @@ from torch import Tensor
 
 from .acceleration.experts.noise import ranges
 from .acceleration.experts.router import take_load
-from .attach import NO_ROUTING, attached, techniques
+from .attach import KeptTechniques, attached
 from .clip_denoiser import clip_denoiser, clip_plan
-from .config import ExpertRouting, OffloadPlan, SamplingConfig
+from .config import ExpertRouting, SamplingConfig
 from .memory.attempts import Attempts
 from .memory.budget import Planned
 from .memory.stage import placed
 from .model.checkpoint import DIT, PART_LABELS
-from .model.dit import ClipInputs, S2VTransformer
+from .model.dit import ClipInputs
 from .model.experts import ExpertLoad
 from .networks import RunNetworks
 from .sampling.denoise import OnStep, denoise
 from .sampling.solvers import SolverState, make_solver
 from .sampling.sound_results import WatchedSteps
-from .seams import Technique
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ class LocalSampler:
     def __init__(self, networks: RunNetworks, check: Callable[[], None] = lambda: None):
         self.networks, self.check = networks, check
         self.expert_load = ExpertLoad()
-        self._techniques: dict[tuple, tuple[Technique, ...]] = {}
+        self.techniques = KeptTechniques()
 
     def sample(
         self,
@@ -119,33 +117,19 @@ class LocalSampler:
         def denoise_range(name: str, last: int, planned: Planned) -> None:
             nonlocal state
             with placed(self.networks, name, planned, self.check) as model:
-                made = self.techniques(model, planned.plan, timesteps, routing or NO_ROUTING)
-                with attached(model, made), self.counted(model):
+                plan = self.networks.loading.acceleration
+                with attached(model, self.techniques.of(model, plan, planned.plan, timesteps, routing)):
                     denoiser = clip_denoiser(model, inputs, negative_text, config)
                     log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
-                    while (step := state.step) < last:
-                        state = denoise(watched.watch(denoiser, step), solver, state, range(step, step + 1), on_step)
+                    try:
+                        while (step := state.step) < last:
+                            one = range(step, step + 1)
+                            state = denoise(watched.watch(denoiser, step), solver, state, one, on_step)
+                    finally:
+                        self.expert_load += take_load(model)
 
         for name, steps in ranges(timesteps, config.noise_boundary):
             if state.step < (last := min(steps.stop, stop)):
                 Attempts(self.networks, name, choose).run(partial(denoise_range, name, last))
         watched.check(PART_LABELS[DIT], f"sampling {told}")
         return state
-
-    @contextmanager
-    def counted(self, model: S2VTransformer) -> Iterator[None]:
-        """Within, what a DiT's experts do is counted, also where it ends in an error."""
-        try:
-            yield
-        finally:
-            self.expert_load += take_load(model)
-
-    def techniques(
-        self, model: S2VTransformer, memory: OffloadPlan, timesteps: tuple[float, ...], routing: ExpertRouting
-    ) -> tuple[Technique, ...]:
-        """What a DiT runs with. Made once for each plan, so that the same objects serve all clips."""
-        plan = self.networks.loading.acceleration
-        key = plan, memory, timesteps, routing, model.dtype, model.device
-        if key not in self._techniques:
-            self._techniques = {key: techniques(model, plan, memory, timesteps, routing)}
-        return self._techniques[key]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -12,10 +13,11 @@ from .io.weights import Weights
 from .memory.budget import WHOLE, Planned, Room, Sizes
 from .memory.networks import Networks, free_unused, room_on, within_limit
 from .memory.placement import Check, Placement
-from .model.checkpoint import DIT, TEXT_ENCODER, kind_of
+from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, TEXT_ENCODER, kind_of
 from .model.loading import OnTensor, Part, load_part, set_types
+from .model.official import check_official
 from .model.parts import Checkpoint
-from .prepare import LoadPlan
+from .prepare import LoadPlan, warn_of_cpu
 
 NO_LIMITS = MemoryLimits()
 
@@ -186,3 +188,27 @@ class CheckpointNetworks:
     def _placement(self, name: str, packs: bool) -> Placement:
         known = self.placements.pop(name, None)
         return known or load_placed(self.checkpoint, name, self.loading, packs, self.check)
+
+
+def open_checkpoint(
+    checkpoint: str,
+    loading: LoadPlan,
+    offload: str = AUTO,
+    text_device: str | None = None,
+    noise_expert: str | None = None,
+    limits: MemoryLimits = NO_LIMITS,
+) -> CheckpointNetworks:
+    """The networks of a checkpoint folder, found and checked but not loaded. Arguments as for CheckpointNetworks.
+
+    Args:
+        noise_expert: file or folder of a second DiT.
+    Raises:
+        CheckpointError, ConfigError: if a part is missing or does not fit the others.
+    """
+    folder = Path(checkpoint)
+    check_official(folder)
+    second = {LOW_NOISE_DIT: noise_expert} if noise_expert else {}
+    opened = Checkpoint({**dict.fromkeys(PART_LABELS, folder), **second})
+    opened.check()
+    warn_of_cpu(opened.config(DIT), loading.torch_device)
+    return CheckpointNetworks(opened, loading, offload, text_device, limits)

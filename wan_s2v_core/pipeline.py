@@ -1,51 +1,24 @@
 """Puts the parts together: a picture, a voice and a prompt become clips. What command line, nodes and tests call."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .clip_sampler import ClipSampler, LocalSampler
-from .conditioning.bundle import S2VConditioning, Voice
-from .conditioning.hearing import hear
-from .conditioning.keys import ClipKeys
+from .conditioning.bundle import S2VConditioning
 from .conditioning.pose import pose_pixels
-from .config import AUTO, ExpertRouting, MemoryLimits, SamplingConfig
-from .errors import BackendUnavailable
-from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT, frames_of
-from .io.audio import Recording, check_recording
+from .config import ExpertRouting, SamplingConfig
+from .geometry import FRAMES_PER_LATENT, LATENT_CHANNELS, PIXELS_PER_LATENT
 from .io.clip_store import StoredClips
-from .io.outside import check_text
-from .memory.attempts import Attempts
-from .memory.budget import (
-    TEXT_BYTES,
-    WHOLE,
-    Choose,
-    Planned,
-    vae_plan,
-    voice_bytes,
-    whole,
-)
-from .memory.stage import placed
-from .memory.vae_room import VaeWork
-from .model.checkpoint import DIT, LOW_NOISE_DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
+from .model.checkpoint import DIT, PART_LABELS, VAE
 from .model.dit import ClipInputs
 from .model.experts import ExpertLoad
-from .model.long_speech import WINDOWS, Windows
-from .model.official import check_official
-from .model.parts import Checkpoint
-from .model.vae_parts import VaeParts
-from .networks import CheckpointNetworks, RunNetworks
-from .prepare import LoadPlan, picture_facts, warn_of_cpu
+from .networks import RunNetworks
 from .sampling.clips import Clip, ClipTask, clip_noise, generate_clips
-from .sampling.sound_results import check_embeddings, check_numbers, check_pixels
-from .seams import replaced
-
-T = TypeVar("T")
+from .sampling.sound_results import check_numbers, check_pixels
+from .stages import Stages
 
 
 def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: torch.device) -> Tensor:
@@ -55,148 +28,28 @@ def noise_of(job: S2VConditioning, clip: int, config: SamplingConfig, device: to
     return clip_noise(shape, config.seed, clip, device, config.noise)
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        BackendUnavailable: if tensors cannot be placed there.
-    """
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise BackendUnavailable(f"device {name!r} cannot be used: {reason}. Use cpu, or cuda with a card.") from error
-    return device
-
-
-def open_checkpoint(
-    checkpoint: str,
-    loading: LoadPlan,
-    offload: str = AUTO,
-    text_device: str | None = None,
-    noise_expert: str | None = None,
-    limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
-) -> CheckpointNetworks:
-    """The networks of a checkpoint folder, found and checked but not loaded. Arguments as for CheckpointNetworks.
-
-    Args:
-        noise_expert: file or folder of a second DiT.
-    Raises:
-        CheckpointError, ConfigError: if a part is missing or does not fit the others.
-    """
-    folder = Path(checkpoint)
-    check_official(folder)
-    second = {LOW_NOISE_DIT: noise_expert} if noise_expert else {}
-    opened = Checkpoint({**dict.fromkeys(PART_LABELS, folder), **second})
-    opened.check()
-    warn_of_cpu(opened.config(DIT), loading.torch_device)
-    return CheckpointNetworks(opened, loading, offload, text_device, limits)
-
-
-def clip_keys(
-    job: S2VConditioning,
-    config: SamplingConfig,
-    routing: ExpertRouting | None,
-    checkpoint: Checkpoint,
-    loading: LoadPlan,
-) -> ClipKeys:
-    """The keys of the clips that `generate` makes of this with networks of a checkpoint."""
-    facts = {
-        "networks": picture_facts(checkpoint, loading),
-        "sampling": config.to_dict(),
-        "routing": routing and routing.to_dict(),
-    }
-    return ClipKeys(job, facts)
-
-
 def clip_told(index: int, clips: int) -> str:
     return f"clip {index + 1} of {clips}"
 
 
-class S2VPipeline:
-    """The stages of a video, each with the network it needs.
+class S2VPipeline(Stages):
+    """From a picture, a voice and a prompt to clips.
 
     Args:
-        networks: where they come from.
-        check: called before every layer of every network; may raise to stop.
+        networks, check: as for Stages.
         sampler: who denoises clips; None for this process, with these networks.
     """
 
     def __init__(
         self, networks: RunNetworks, check: Callable[[], None] | None = None, sampler: ClipSampler | None = None
     ):
-        self.networks, self.check = networks, check or (lambda: None)
+        super().__init__(networks, check)
         self.sampler = sampler or LocalSampler(networks, self.check)
 
     @property
     def expert_load(self) -> ExpertLoad:
         """What the experts of the last generated video had to do; empty for a dense model."""
         return self.sampler.expert_load
-
-    @property
-    def device(self) -> torch.device:
-        return self.networks.device
-
-    @contextmanager
-    def network(self, name: str, planned: Planned = WHOLE) -> Iterator[nn.Module]:
-        """One network, for one stage, as planned. `name`: as for `Networks.use`."""
-        parts = VaeParts(planned.plan.tile_px, is_apart=not planned.plan.holds_pixels)
-        with placed(self.networks, name, planned, self.check) as network:
-            changes = [(network, "parts", parts)] if name == VAE else []
-            with replaced(changes):
-                yield network
-
-    def run(self, name: str, choose: Choose, work: Callable[[nn.Module], T]) -> T:
-        """Do a stage's work with its network, under the fastest plan that fits.
-
-        Raises:
-            OutOfMemory: if none does.
-        """
-
-        def attempt(planned: Planned) -> T:
-            with self.network(name, planned) as network:
-                return work(network)
-
-        return Attempts(self.networks, name, choose).run(attempt)
-
-    @torch.inference_mode()
-    def encode_prompts(self, *prompts: str) -> tuple[Tensor, ...]:
-        """Each 1 L E, in main memory.
-
-        Raises:
-            ConfigError: if one is no text that can be read.
-            CheckpointError: if no embeddings can be computed.
-        """
-        for prompt in prompts:
-            check_text("the prompt", prompt)
-        made = self.run(
-            TEXT_ENCODER,
-            whole(TEXT_BYTES),
-            lambda encoder: tuple(encoder.encode(prompt).cpu() for prompt in prompts),
-        )
-        return tuple(check_embeddings(text, PART_LABELS[TEXT_ENCODER], "reading the prompt") for text in made)
-
-    @torch.inference_mode()
-    def encode_voice(self, recording: Recording, windows: Windows = WINDOWS, folder: Path | None = None) -> Voice:
-        """What the audio encoder hears in a recording.
-
-        Args:
-            windows: how a long one is cut; shorter windows take less memory.
-            folder: for what is heard in a very long one; None for the system's temporary folder.
-        Raises:
-            ConfigError: if no features can be computed from it, or the disk has no room for those of a long one.
-            CheckpointError: if the encoder's weights give none.
-        """
-        check_recording(recording)
-
-        needed, samples = voice_bytes(recording.seconds, windows), recording.speech()
-        voice = self.run(
-            SPEECH_ENCODER, whole(needed), lambda encoder: Voice(recording, hear(encoder, samples, windows, folder))
-        )
-        check_embeddings(voice.features, PART_LABELS[SPEECH_ENCODER], "hearing the voice")
-        return voice
 
     @torch.inference_mode()
     def generate(
@@ -261,21 +114,3 @@ class S2VPipeline:
         if seen is None:
             return None
         return self.encode(pose_pixels(seen, frames, *job.size_px))[:, :, 1:]
-
-    def encode(self, video: Tensor) -> Tensor:
-        """B 3 T H W, on the device or in main memory -> latents B C F h w, on the device."""
-        frames, height, width = video.shape[2:]
-        work = VaeWork(height, width, frames, decodes=False)
-        latents = self.run(VAE, self.coding_plan(work), lambda vae: vae.encode(video))
-        return check_numbers(latents, PART_LABELS[VAE], f"encoding {frames} frames")
-
-    def decode(self, latents: Tensor, keep_frames: int | None = None) -> Tensor:
-        """B C F h w -> the last `keep_frames` of the video, or all, B 3 T H W; in main memory where room is short."""
-        frames, height, width = latents.shape[2:]
-        height, width = PIXELS_PER_LATENT * height, PIXELS_PER_LATENT * width
-        work = VaeWork(height, width, frames_of(frames), decodes=True, keep_frames=keep_frames)
-        return self.run(VAE, self.coding_plan(work), lambda vae: vae.decode(latents, keep_frames))
-
-    def coding_plan(self, work: VaeWork) -> Choose:
-        """How the VAE can do its work."""
-        return vae_plan(work, self.networks.loading.vae_way, self.networks.limits)

@@ -18,6 +18,7 @@ from .acceleration.normalization import swap_channel_norms
 from .acceleration.quantization import LINEARS, check_device, is_product, swap_linears, swap_text_linears
 from .acceleration.vae.network import has_kernels, speed_up
 from .config import AUTO, AccelerationPlan, ExpertRouting, JsonConfig, S2VModelConfig, check_choice
+from .errors import BackendUnavailable
 from .memory.activations import ForwardWay
 from .memory.vae_room import KERNELS, LIBRARY_16, LIBRARY_32, PLAIN, VaeWay
 from .model.checkpoint import DIT, LOW_NOISE_DIT, TEXT_ENCODER, VAE, kind_of
@@ -193,6 +194,22 @@ def sparse_facts(plan: AccelerationPlan) -> dict[str, Any]:
     """What of a plan leaves something out; the rest of it changes pictures by rounding, or is told elsewhere."""
     names = ("sparse_keep", "sparse_by", "sparse_dense_steps", "sparse_dense_blocks")
     return {name: getattr(plan, name) for name in names} if plan.sparse_keep < 1 else {}
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        BackendUnavailable: if tensors cannot be placed there.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BackendUnavailable(f"device {name!r} cannot be used: {reason}. Use cpu, or cuda with a card.") from error
+    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

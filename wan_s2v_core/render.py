@@ -26,9 +26,8 @@ from .io.locks import held
 from .io.outside import check_path, check_text
 from .io.video import check_target, preset_of
 from .io.video_clips import check_earlier, clips_folder, folders_set_apart, set_apart
-from .networks import CheckpointNetworks
-from .pipeline import open_checkpoint, usable_device
-from .prepare import AUTO, LoadPlan, plan_loading
+from .networks import CheckpointNetworks, open_checkpoint
+from .prepare import AUTO, LoadPlan, plan_loading, usable_device
 from .runs import Run
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from .conditioning.image import to_frames
 from .conditioning.keys import ClipKeys
 from .config import ExpertRouting, SamplingConfig
 from .io.clip_store import ClipStore, EarlierClips, StoredClips, find_earlier
-from .model.parts import check_fit
+from .model.parts import Checkpoint, check_fit
 from .networks import RunNetworks
-from .pipeline import S2VPipeline, clip_keys
-from .prepare import choose_routing
+from .pipeline import S2VPipeline
+from .prepare import LoadPlan, choose_routing, picture_facts
 from .sampling.clips import ClipTask
 
 OnClipStep = Callable[[ClipTask, int, Tensor], None]
@@ -123,3 +123,19 @@ class Run:
         if self.routing:
             return f"experts, share of the tokens:\n{self.pipeline.expert_load}"
         return None if self.asked_routing == NO_ROUTING else describe_experts(self.config)
+
+
+def clip_keys(
+    job: S2VConditioning,
+    config: SamplingConfig,
+    routing: ExpertRouting | None,
+    checkpoint: Checkpoint,
+    loading: LoadPlan,
+) -> ClipKeys:
+    """The keys of the clips that `generate` makes of this with networks of a checkpoint."""
+    facts = {
+        "networks": picture_facts(checkpoint, loading),
+        "sampling": config.to_dict(),
+        "routing": routing and routing.to_dict(),
+    }
+    return ClipKeys(job, facts)

@@ -23,7 +23,7 @@ from .io.weights import Weights, open_weights
 from .model.audio_encoder import normalize_waveform
 from .model.dit import ClipInputs, S2VTransformer
 from .model.loading import describe, fill, find_part, load_audio_encoder, load_transformer, load_vae
-from .pipeline import usable_device
+from .prepare import usable_device
 from .sampling.clips import generate_clips
 from .sampling.solvers import SolverState, make_solver
 

@@ -12,7 +12,7 @@ from wan_s2v_core.forecast import JobFacts, forecast
 from wan_s2v_core.geometry import ClipGeometry
 from wan_s2v_core.memory.budget import Room
 from wan_s2v_core.model import loading
-from wan_s2v_core.pipeline import open_checkpoint
+from wan_s2v_core.networks import open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 
 STAGES = ["voice", "text", "VAE encode", "sampling", "VAE decode"]

@@ -22,7 +22,7 @@ from wan_s2v_core.io.weights import FOREIGN_STARTS, open_weights
 from wan_s2v_core.model import checkpoint as names
 from wan_s2v_core.model.loading import find_part, load_audio_encoder, load_text_encoder, load_transformer, load_vae
 from wan_s2v_core.model.official import OFFICIAL_FILES, TOKENIZER_FOLDER, official_places
-from wan_s2v_core.pipeline import open_checkpoint
+from wan_s2v_core.networks import open_checkpoint
 from wan_s2v_core.prepare import plan_loading
 
 SPEECH_FOLDER = OFFICIAL_FILES[names.SPEECH_ENCODER][0]

@@ -168,7 +168,7 @@ FLAGS = {  # flag -> what is given, and the settings that it changes
     "t5_cpu": (True, {"text_on_cpu": True}),
     "audio_guide_scale": (2, {"audio_guidance_scale": 2.0}),
     "spacing": ("karras", {"spacing": "karras"}),
-    "timesteps": ("1000,500", {"timesteps": [1000.0, 500.0], "steps": 2}),
+    "timesteps": ("1000,500", {"timesteps": (1000.0, 500.0)}),
     "audio_start": (0.5, {"audio_start": 0.5}),
     "audio_seconds": (1, {"audio_seconds": 1.0}),
     "fps": (25, {"fps": 25.0}),

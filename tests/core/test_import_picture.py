@@ -20,7 +20,7 @@ LAYERS = [  # lowest first; a layer may import itself only where it is a single 
     ["sampling", "acceleration", "memory", "distributed"],
     ["prepare", "warm_up"],
     ["networks"],
-    ["clip_denoiser"],
+    ["clip_denoiser", "stages"],
     ["attach"],
     ["clip_sampler"],
     ["pipeline"],
@@ -113,3 +113,17 @@ def test_foreign_names_have_one_home():
             continue
         text = path.read_text(encoding="utf-8")
         assert not [word for word in spelled if word in text], path
+
+
+DOTTED = {
+    ".".join(("wan_s2v_core", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in MODULES
+}
+MOST_IMPORTS = 15
+"""Modules of ours that one may import: who needs more does more than one thing."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_module_needs_most_of_the_others(path):
+    others = {name for name in imports_of(path) if name in DOTTED}
+    assert len(others) <= MOST_IMPORTS, sorted(others)

@@ -17,7 +17,7 @@ from wan_s2v_core.acceleration.quantization import swap_linears
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.libraries import COMFYUI_FLOOR, FLOORS, is_older, library_problem
 from wan_s2v_core.model.loading import place, type_of
-from wan_s2v_core.pipeline import open_checkpoint
+from wan_s2v_core.networks import open_checkpoint
 from wan_s2v_core.prepare import PRECISIONS, plan_loading
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,9 +26,10 @@ from wan_s2v_core.memory.budget import WHOLE, Planned
 from wan_s2v_core.model.checkpoint import DIT, LOW_NOISE_DIT, VAE, dit_name, official_dit_config
 from wan_s2v_core.model.dit import S2VTransformer
 from wan_s2v_core.model.parts import Checkpoint
-from wan_s2v_core.networks import CheckpointNetworks
-from wan_s2v_core.pipeline import S2VPipeline, clip_keys, noise_of, open_checkpoint
+from wan_s2v_core.networks import CheckpointNetworks, open_checkpoint
+from wan_s2v_core.pipeline import S2VPipeline, noise_of
 from wan_s2v_core.prepare import plan_loading
+from wan_s2v_core.runs import clip_keys
 from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.denoise import denoise
 from wan_s2v_core.sampling.solvers import SolverState, make_solver

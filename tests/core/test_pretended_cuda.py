@@ -25,8 +25,9 @@ from wan_s2v_core.io.video import VideoWriter, probe_video
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.networks import CheckpointNetworks
-from wan_s2v_core.pipeline import S2VPipeline, clip_keys
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
+from wan_s2v_core.runs import clip_keys
 from wan_s2v_core.sampling.clips import ClipTask
 from wan_s2v_core.sampling.preview import colour_factors
 

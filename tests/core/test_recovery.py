@@ -18,7 +18,8 @@ from wan_s2v_core.errors import OutOfMemory
 from wan_s2v_core.io.audio import Recording
 from wan_s2v_core.memory import budget
 from wan_s2v_core.model.checkpoint import DIT, PART_LABELS, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
+from wan_s2v_core.networks import open_checkpoint
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 
 pytestmark = pytest.mark.usefixtures("pooled_vae")

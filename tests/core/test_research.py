@@ -16,7 +16,8 @@ from wan_s2v_core.io.video import read_frames
 from wan_s2v_core.model.checkpoint import DIT
 from wan_s2v_core.model.loading import files_of, find_part, load_transformer
 from wan_s2v_core.model.official import OFFICIAL_FILES
-from wan_s2v_core.pipeline import S2VPipeline, open_checkpoint
+from wan_s2v_core.networks import open_checkpoint
+from wan_s2v_core.pipeline import S2VPipeline
 from wan_s2v_core.prepare import plan_loading
 from wan_s2v_core.research import __main__ as research
 from wan_s2v_core.research import calibrate

@@ -23,8 +23,8 @@ from wan_s2v_core.io.video import VideoWriter, read_frames
 from wan_s2v_core.model.checkpoint import PART_LABELS
 from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.networks import CheckpointNetworks
-from wan_s2v_core.pipeline import clip_keys
 from wan_s2v_core.prepare import plan_loading
+from wan_s2v_core.runs import clip_keys
 from wan_s2v_core.sampling.clips import ClipTask
 
 VIDEO = VideoConfig(max_area=64 * 64, clip_frames=20, motion_frames=25)

@@ -16,8 +16,7 @@ from ..memory.activations import activation_bytes
 from ..memory.budget import vae_bytes
 from ..memory.vae_room import VaeWork
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE
-from ..pipeline import usable_device
-from ..prepare import AUTO
+from ..prepare import AUTO, usable_device
 from ..sampling.guidance import needed_branches
 from .engine import (
     DEMO_MODEL,

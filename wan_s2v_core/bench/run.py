@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..pipeline import usable_device
+from ..prepare import usable_device
 from .article import measure_article
 from .cases import ARTICLE, FORWARD, GROWTH, BenchRequest, Case, NeedsOf, Result, list_cases, what_fits_not
 from .comparison import AgainstReport

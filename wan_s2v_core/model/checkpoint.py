@@ -214,6 +214,8 @@ def official_dit_config(config: S2VModelConfig) -> dict[str, Any]:
     """Our config as an official config.json says it."""
     settings = DIT_SETTINGS | (EXPERT_SETTINGS if config.num_experts else {})
     values = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
+    if not config.gate_probes:  # as of every gate that was learned
+        values.pop("gate_probes", None)
     values["audio_inject_layers"] = [block for block in config.injected_blocks if block != UNUSED]
     fixed = {name: value for name, value in FIXED_SETTINGS.items() if not isinstance(value, tuple)}
     return fixed | values | {"_class_name": "WanModel_S2V", "model_type": "s2v", "out_dim": config.latent_channels}

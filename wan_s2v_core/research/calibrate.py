@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from ..memory.attempts import Attempts
 from ..model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER, VAE, dit_name, official_dit_config, read_weight
 from ..model.loading import files_of, find_part
 from ..model.official import DIT_STEM
-from ..pipeline import S2VPipeline, noise_of, open_checkpoint, usable_device
-from ..prepare import AUTO, plan_loading
+from ..networks import open_checkpoint
+from ..pipeline import S2VPipeline, noise_of
+from ..prepare import AUTO, plan_loading, usable_device
 from ..sampling.clips import ClipTask
-from ..sampling.denoise import OnStep
 from .split import ExpertSplit, check_dense, check_split, plan_split, sampled_tokens, split_config, split_weights
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ class SplitReport:
 
 @torch.inference_mode()
 def split_checkpoint(
-    request: SplitRequest, video: VideoConfig, sampling: SamplingConfig, on_step: OnStep | None = None
+    request: SplitRequest,
+    video: VideoConfig,
+    sampling: SamplingConfig,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> SplitReport:
     """Run the dense model on one clip and write it as a checkpoint with experts.
 
@@ -107,7 +110,7 @@ def split_checkpoint(
 
 
 def sample_tokens(
-    pipeline: S2VPipeline, job: S2VConditioning, sampling: SamplingConfig, on_step: OnStep | None
+    pipeline: S2VPipeline, job: S2VConditioning, sampling: SamplingConfig, on_step: Callable[[int, Tensor], None] | None
 ) -> list[Tensor]:
     """Tokens L E of each feed-forward, from all steps of the first clip."""
     text, negative_text, picture = (value.to(pipeline.device) for value in (job.text, job.negative_text, job.reference))
