@@ -29,9 +29,9 @@ NOTES = {
     "poses drawn on black, for the same seconds as the sound. Where it ends before the sound does, the poses are "
     "black. The embedded demo knows no poses but the stick faces it was trained with.",
     "experts": "The knobs of a checkpoint that has experts, as the embedded demo: 8, of which a token sees 4.\n\n"
-    "Change: moe_top_k (0: as the checkpoint says; fewer is an approximation), moe_expert_capacity (bounds memory; "
-    "spill is exact, drop is not), moe_gate_dropout (lowers fidelity). The sampler shows what each expert had to "
-    "do.\n\nWan2.2-S2V-14B is dense: there they do nothing.",
+    "Change in Wan S2V Experts: moe_top_k (0: as the checkpoint says; fewer is an approximation), moe_gate_dropout "
+    "(lowers fidelity), moe_overflow; in the sampler moe_expert_capacity (bounds memory; spill is exact, drop is not). "
+    "The sampler shows what each expert had to do.\n\nWan2.2-S2V-14B is dense: there they do nothing.",
     "speed": "What makes it faster, in one node before the sampler. As that node comes, it is the fastest exact way "
     "that works here; this graph leaves out a quarter of the attention, which is lossy.\n\n"
     "Change: sparse_keep (1: all of it; 0.5 is faster, look at the video), attention (auto8: 8 bits), and "
@@ -45,7 +45,7 @@ NOTES = {
     "float8-weights of sampler and text where main memory is short.",
     "all_options": "Every input linked or set, to copy from. It is no recipe: most videos need none of this.\n\n"
     "Change: the four single loaders (ComfyUI's files), recording, picture, driving video. The preset gives "
-    "steps, guidance, shift and solver.",
+    "steps, guidance, shift and solver. The second model of the pair is the first one once more.",
 }
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 WIDTH_PX, WIDE_PX, GAP_PX, ROW_PX, TEXT_PX = 300, 400, 80, 24, 110

@@ -31,7 +31,7 @@ CASE_SECONDS, CPU_SECONDS = 120, 900
 SIZE, TINY_SIZE = 512, 64
 VOICE, TEXT, CONDITIONING, SAMPLE, SAVE = "3", "4", "5", "6", "7"
 """Numbers of the demo's nodes."""
-SPEED, MEMORY, LATENT = "speed", "memory", "latent"
+SPEED, MEMORY, PAIR, EXPERTS, NOISE, LATENT = "speed", "memory", "pair", "experts", "noise", "latent"
 NODES = {
     "WanS2VEncodeAudio": VOICE,
     "WanS2VEncodeText": TEXT,
@@ -39,8 +39,13 @@ NODES = {
     "WanS2VSample": SAMPLE,
     "WanS2VSpeed": SPEED,
     "WanS2VMemory": MEMORY,
+    "WanS2VModelPair": PAIR,
+    "WanS2VExperts": EXPERTS,
+    "WanS2VNoise": NOISE,
     "WanS2VSaveVideo": SAVE,
 }
+BEFORE_THE_SAMPLER = ("WanS2VSpeed", "WanS2VMemory", "WanS2VModelPair", "WanS2VExperts", "WanS2VNoise")
+"""Those that the demo does without."""
 NUMBERS: dict[str, Any] = {
     "start_seconds": 0.5,
     "seconds": 1.5,
@@ -74,12 +79,12 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "sparse_by": {"sparse_keep": 0.5},
     "sparse_dense_steps": {"sparse_keep": 0.5},
     "sparse_dense_blocks": {"sparse_keep": 0.5},
-    "moe_overflow": {"moe_expert_capacity": 256},
+    "moe_overflow": {f"{SAMPLE}__moe_expert_capacity": 256},
     "noise_boundary": {"low_noise_model": ["1", 0]},
     "weights": {"resident_blocks": 1},
     "moe_gate_dropout": {"moe_top_k": 2},
 }
-"""What a setting needs beside it to do anything."""
+"""What a setting needs beside it to do anything; of another node as node__input."""
 NOT_ALONE = ("prompt", "negative_prompt", "filename_prefix", "seconds")
 """Texts; the length of the voice is that of the case."""
 FLAGS = (
@@ -130,7 +135,8 @@ class Bench:
             "class_type": "SaveLatent",
             "inputs": {"samples": [SAMPLE, 1], "filename_prefix": "latents/l"},
         }
-        for kind, number in (("WanS2VSpeed", SPEED), ("WanS2VMemory", MEMORY)):
+        for kind in BEFORE_THE_SAMPLER:
+            number = NODES[kind]
             if any(name.startswith(f"{number}__") for name in changes):
                 self._insert(prompt, kind, number)
         for name, value in changes.items():
@@ -234,7 +240,8 @@ def settings(schemas: dict[str, Any]) -> Iterator[Case]:
             if name in NOT_ALONE or not has_widget(entry):
                 continue
             for value in other_values(name, entry):
-                changes = {f"{number}__{key}": one for key, one in {name: value, **TOGETHER.get(name, {})}.items()}
+                wanted = {name: value, **TOGETHER.get(name, {})}
+                changes = {key if "__" in key else f"{number}__{key}": one for key, one in wanted.items()}
                 if name in ("width", "height"):
                     changes[f"{number}__size_rule"] = "exact"
                 yield Case(f"{kind[6:]} {name}={value}", lambda bench, changes=changes: bench.prompt(**changes))
@@ -318,7 +325,7 @@ def inputs() -> Iterator[Case]:
         yield Case(f"picture {name}", lambda bench, changes=changes: bench.prompt(**changes))
     changes = {"pose": loader("LoadVideo", "file", "driving.mp4"), f"{CONDITIONING}__pose_video": ["pose", 0]}
     yield Case("driving video", lambda bench: bench.prompt(**changes))
-    yield Case("a second model of low noise", lambda bench: bench.prompt(**{f"{SAMPLE}__low_noise_model": ["1", 0]}))
+    yield Case("a second model of low noise", lambda bench: bench.prompt(**{f"{PAIR}__low_noise_model": ["1", 0]}))
     yield Case("Decode, Create Video, Save Video", through_pictures)
 
 

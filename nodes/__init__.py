@@ -7,10 +7,11 @@ from .accelerate import Speed
 from .bridge.warm_up import import_when_idle
 from .decode import DecodeClips, SaveVideo
 from .encode import Conditioning, EncodeAudio, EncodeText, VoiceFromEncoder
+from .experts import Experts, ModelPair
 from .forecast import add_route as add_memory_route
 from .load import DemoInputs, LoadAudioEncoder, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVAE
 from .memory import Memory
-from .sample import Sample, SamplingPreset
+from .sample import Noise, Sample, SamplingPreset
 from .timeline import add_route
 from .video import TalkingVideo
 
@@ -24,11 +25,14 @@ NODES = [
     DemoInputs,
     Speed,
     Memory,
+    ModelPair,
+    Experts,
     EncodeAudio,
     VoiceFromEncoder,
     EncodeText,
     Conditioning,
     SamplingPreset,
+    Noise,
     Sample,
     DecodeClips,
     SaveVideo,

@@ -6,10 +6,8 @@ from ..wan_s2v_core.attach import attention_line
 from ..wan_s2v_core.conditioning.bundle import S2VConditioning
 from ..wan_s2v_core.config import (
     LARGEST_SEED,
-    NOISE_BOUNDARY,
     NOISES,
     OFFLOADS,
-    OVERFLOWS,
     PRESETS,
     REFERENCE_PRESET,
     SOLVERS,
@@ -65,6 +63,41 @@ class SamplingPreset(io.ComfyNode):
         return io.NodeOutput(made.steps, made.guidance_scale, made.shift, made.solver)
 
 
+class Noise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanS2VNoise",
+            display_name="Wan S2V Noise",
+            category=CATEGORY,
+            **found_by("scheduler", "karras", "sigmas", "噪声"),
+            description="Which noise a video begins from, and how the noise levels of its steps are spaced, between "
+            "the loader and Wan S2V Sample. As it comes it is what runs without this node.",
+            inputs=[
+                S2VModel.Input("model"),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISES),
+                    default=SamplingConfig.noise,
+                    tooltip="cpu: the same on every device. reference: bfloat16, drawn on the card as originally.",
+                ),
+                io.Combo.Input(
+                    "spacing",
+                    options=list(SPACINGS),
+                    default=SamplingConfig.spacing,
+                    tooltip="Spacing of the noise levels. flow: the reference's.",
+                ),
+            ],
+            outputs=[S2VModel.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(cls, model, noise, spacing) -> io.NodeOutput:
+        check_link("model", model, Model)
+        said = SamplingConfig(noise=noise, spacing=spacing)
+        return io.NodeOutput(model.with_details(noise=said.noise, spacing=said.spacing))
+
+
 class Sample(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -89,6 +122,14 @@ class Sample(io.ComfyNode):
                     tooltip="Classifier-free guidance. 1.0 turns it off and halves the cost.",
                 ),
                 io.Float.Input(
+                    "audio_guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="Guidance of the voice apart from the prompt's, for a third forward a step. 0: the same.",
+                ),
+                io.Float.Input(
                     "shift",
                     default=3.0,
                     min=0.1,
@@ -105,6 +146,29 @@ class Sample(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Clip r uses seed + r. The same seed gives the same noise on every device.",
                 ),
+                io.Boolean.Input(
+                    "keep_clips",
+                    default=False,
+                    tooltip="Keep the lossless clips, latents and settings on disk after they have become a video.",
+                ),
+                io.Float.Input(
+                    "colour_match",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Against colours that drift over many clips: pulls those of every clip towards the "
+                    "picture's. Leave it at 0 where the light is meant to change.",
+                ),
+                io.Int.Input(
+                    "leftover_gb",
+                    default=50,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Clips that earlier runs left on disk (cancelled, or never saved) may take so much. Beyond "
+                    "it the oldest are deleted when a run starts, but none of the last day, and none with keep_clips. "
+                    "0 deletes nothing.",
+                ),
                 io.Combo.Input(
                     "precision",
                     options=[AUTO, *PRECISIONS],
@@ -120,31 +184,6 @@ class Sample(io.ComfyNode):
                     tooltip="auto: networks stay on the GPU until another one, or ComfyUI, needs their room, so the "
                     "next run starts at once. always: each leaves the GPU after its stage.",
                 ),
-                io.Float.Input(
-                    "audio_guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="Guidance of the voice apart from the prompt's, for a third forward a step. 0: the same.",
-                ),
-                io.Combo.Input(
-                    "spacing", options=list(SPACINGS), default="flow", tooltip="Spacing of the noise levels."
-                ),
-                io.Combo.Input(
-                    "noise",
-                    options=list(NOISES),
-                    default="cpu",
-                    tooltip="cpu: the same on every device. reference: bfloat16, drawn on the card as originally.",
-                ),
-                io.Boolean.Input(
-                    "keep_clips",
-                    default=False,
-                    tooltip="Keep the lossless clips, latents and settings on disk after they have become a video.",
-                ),
-                io.Int.Input(
-                    "moe_top_k", default=0, min=0, max=64, tooltip="Experts per token. 0: as the checkpoint says."
-                ),
                 io.Int.Input(
                     "moe_expert_capacity",
                     default=0,
@@ -152,57 +191,6 @@ class Sample(io.ComfyNode):
                     max=10_000_000,
                     tooltip="Tokens that an expert takes at once: bounds the feed-forward's memory. 0: no bound. "
                     "S2V-14B is dense and has no experts.",
-                ),
-                io.Float.Input(
-                    "moe_gate_dropout",
-                    default=0.0,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    tooltip="Probability of masking an expert choice. Lowers fidelity. S2V-14B has no experts.",
-                ),
-                io.Combo.Input(
-                    "moe_overflow",
-                    options=list(OVERFLOWS),
-                    default="spill",
-                    tooltip="Tokens beyond an expert's capacity: spill takes them in further rounds, with the same "
-                    "result; drop leaves that expert out for them.",
-                ),
-                io.Float.Input(
-                    "colour_match",
-                    optional=True,  # prompts of the API that were made before it was there stay valid
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Against colours that drift over many clips: pulls those of every clip towards the "
-                    "picture's. Leave it at 0 where the light is meant to change.",
-                ),
-                io.Int.Input(
-                    "leftover_gb",
-                    optional=True,
-                    default=50,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Clips that earlier runs left on disk (cancelled, or never saved) may take so much. Beyond "
-                    "it the oldest are deleted when a run starts, but none of the last day, and none with keep_clips. "
-                    "0 deletes nothing.",
-                ),
-                S2VModel.Input(
-                    "low_noise_model",
-                    optional=True,
-                    tooltip="A second S2V model for the steps of low noise, where two were trained as a pair. S2V-14B "
-                    "is one model and needs none.",
-                ),
-                io.Float.Input(
-                    "noise_boundary",
-                    optional=True,
-                    default=NOISE_BOUNDARY,
-                    min=0.005,
-                    max=0.995,
-                    step=0.005,
-                    tooltip="Noise level (sigma, 1 to 0) at which low_noise_model takes over: model serves from there "
-                    "up. Without a second model it does nothing.",
                 ),
             ],
             outputs=[S2VClips.Output(display_name="clips"), io.Latent.Output(display_name="last latent")],
@@ -216,37 +204,34 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, conditioning, steps, guidance_scale, shift, solver, seed, precision, offload,
-        audio_guidance_scale, spacing, noise, keep_clips, moe_top_k, moe_expert_capacity, moe_gate_dropout,
-        moe_overflow, colour_match=0.0, leftover_gb=50, low_noise_model=None,
-        noise_boundary=NOISE_BOUNDARY,
+        cls, model, vae, conditioning, steps, guidance_scale, audio_guidance_scale, shift, solver, seed, keep_clips,
+        colour_match, leftover_gb, precision, offload, moe_expert_capacity,
     ) -> io.NodeOutput:  # fmt: skip
         check_link("model", model, Model)
         check_link("vae", vae, Model)
-        if low_noise_model is not None:
-            check_link("low_noise_model", low_noise_model, Model)
         check_link("conditioning", conditioning, S2VConditioning)
         check_choice("offload", offload, OFFLOADS)
+        details = model.details
         sampling = SamplingConfig(
             steps=steps,
             shift=shift,
             solver=solver,
-            spacing=spacing,
+            spacing=details.spacing,
             guidance_scale=guidance_scale,
             audio_guidance_scale=audio_guidance_scale or None,
             seed=seed,
-            noise=noise,
+            noise=details.noise,
             colour_match=colour_match,
-            noise_boundary=None if low_noise_model is None else noise_boundary,
+            noise_boundary=None if model.low_noise is None else details.noise_boundary,
         )
         routing = ExpertRouting(
-            top_k=moe_top_k or None,
+            top_k=details.top_k,
             expert_capacity=moe_expert_capacity or None,
-            overflow=moe_overflow,
-            gate_dropout=moe_gate_dropout,
-            gate_dropout_seed=seed if moe_gate_dropout else None,
+            overflow=details.overflow,
+            gate_dropout=details.gate_dropout,
+            gate_dropout_seed=seed if details.gate_dropout else None,
         )
-        networks = ComfyNetworks(model, vae, precision=precision, offload=offload, low_noise=low_noise_model)
+        networks = ComfyNetworks(model, vae, precision=precision, offload=offload)
         run = Run(networks, sampling, routing, keep_clips, check=check_interrupt)
         warn_of_cpu(run.config, networks.device)
         if model.accelerated_in:

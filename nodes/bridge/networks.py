@@ -5,15 +5,26 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as manager
 import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
-from ...wan_s2v_core.config import ALWAYS, AccelerationPlan, MemoryLimits, ModelRecipe, S2VModelConfig
+from ...wan_s2v_core.config import (
+    ALWAYS,
+    NOISE_BOUNDARY,
+    AccelerationPlan,
+    ExpertRouting,
+    MemoryLimits,
+    ModelRecipe,
+    S2VModelConfig,
+    SamplingConfig,
+)
+from ...wan_s2v_core.errors import ConfigError
 from ...wan_s2v_core.memory.budget import WHOLE, Planned, Room, Sizes
 from ...wan_s2v_core.memory.networks import room_on, within_limit
 from ...wan_s2v_core.memory.placement import Placement
@@ -99,25 +110,42 @@ PLACES_LOCK = threading.Lock()
 """A forecast asks for places in a thread of its own."""
 
 
+@dataclass(frozen=True)
+class Details:
+    """What few people change about a run: nodes before the sampler say it, each its part."""
+
+    noise: str = SamplingConfig.noise
+    spacing: str = SamplingConfig.spacing
+    noise_boundary: float = NOISE_BOUNDARY
+    """For two models alone."""
+    top_k: int | None = ExpertRouting.top_k
+    overflow: str = ExpertRouting.overflow
+    gate_dropout: float = ExpertRouting.gate_dropout
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
     """What a loader gives: a recipe, and the place of its network, which all that name that file share.
 
-    Args:
-        acceleration: how the networks of a run are made faster, where this is its DiT.
-        accelerated_in: the node that says so; it shows what came of it.
-        limits: what memory a run may use, where this is its DiT.
+    What follows the recipe is for the DiT of a run.
     """
 
-    def __init__(
-        self,
-        recipe: ModelRecipe,
-        acceleration: AccelerationPlan = AccelerationPlan(),  # noqa: B008  (frozen)
-        accelerated_in: str | None = None,
-        limits: MemoryLimits = MemoryLimits(),  # noqa: B008  (frozen)
-    ):
-        self.recipe, self.acceleration, self.accelerated_in, self.limits = recipe, acceleration, accelerated_in, limits
+    recipe: ModelRecipe
+    acceleration: AccelerationPlan = AccelerationPlan()  # noqa: RUF009  (frozen)
+    """How the networks of a run are made faster."""
+    accelerated_in: str | None = None
+    """The node that says so; it shows what came of it."""
+    limits: MemoryLimits = MemoryLimits()  # noqa: RUF009  (frozen)
+    """What memory a run may use."""
+    details: Details = Details()
+    low_noise: "Model | None" = None
+    """A second DiT, for steps of low noise."""
+    place: Place = field(init=False, repr=False)
+
+    def __post_init__(self):
         with PLACES_LOCK:
-            self.place = PLACES.setdefault((recipe.kind, recipe.path), Place())
+            place = PLACES.setdefault((self.recipe.kind, self.recipe.path), Place())
+        object.__setattr__(self, "place", place)
 
     @property
     def patcher(self) -> NetworkPatcher | None:
@@ -134,23 +162,39 @@ class Model:
 
     def with_acceleration(self, plan: AccelerationPlan, node_id: str) -> "Model":
         """The same network, in the same place, under another plan."""
-        return Model(self.recipe, plan, node_id, self.limits)
+        return replace(self, acceleration=plan, accelerated_in=node_id)
 
     def with_limits(self, limits: MemoryLimits) -> "Model":
         """The same network, in the same place, with other limits."""
-        return Model(self.recipe, self.acceleration, self.accelerated_in, limits)
+        return replace(self, limits=limits)
+
+    def with_details(self, **changed: Any) -> "Model":
+        """The same network, in the same place, with other values of some `Details`."""
+        return replace(self, details=replace(self.details, **changed))
+
+    def with_low_noise(self, second: "Model", noise_boundary: float) -> "Model":
+        """The same network, in the same place, and a second one for steps whose sigma is below the boundary.
+
+        Raises:
+            ConfigError: if one of them is a pair already.
+        """
+        for name, one in (("model", self), ("low_noise_model", second)):
+            if one.low_noise is not None:
+                raise ConfigError(
+                    f"{name} is a pair of models already, and a run has two at most. Connect a loader's model."
+                )
+        return replace(self.with_details(noise_boundary=noise_boundary), low_noise=second)
 
 
 class ComfyNetworks:
     """Networks of loaders, each placed on the card by ComfyUI's memory manager when its stage begins.
 
-    All of them are made faster as the DiT among them says.
+    All of them are made faster as the DiT among them says, which brings the second of a pair with it.
 
     Args:
         precision: of the DiT and the text encoder; the audio encoder stays float32.
         offload: when networks leave the GPU, one of `config.OFFLOADS`.
         on_cpu: leave all of them in main memory.
-        low_noise: a second DiT, for steps of low noise.
         text_precision: of the text encoder, see `prepare.TEXT_PRECISIONS`.
         limits: what memory a run may use. None: what the DiT among the models says, or else the running prompt.
     """
@@ -161,13 +205,12 @@ class ComfyNetworks:
         precision: str = AUTO,
         offload: str = AUTO,
         on_cpu: bool = False,
-        low_noise: Model | None = None,
         text_precision: str = AUTO,
         limits: MemoryLimits | None = None,
     ):
         self.models = {model.recipe.kind: model for model in models}
-        if low_noise is not None:
-            self.models[LOW_NOISE_DIT] = low_noise
+        if DIT in self.models and self.models[DIT].low_noise is not None:
+            self.models[LOW_NOISE_DIT] = self.models[DIT].low_noise
         self.checkpoint = Checkpoint({name: model.recipe.path for name, model in self.models.items()})
         card = manager.get_torch_device()
         self.device = torch.device("cpu") if on_cpu else card

@@ -35,6 +35,8 @@ SMALL = {
     "seconds": 1.0,
 }
 """What makes a graph quick: one clip of 17 frames on a CPU takes about a second."""
+BEFORE_THE_SAMPLER = ("WanS2VModelPair", "WanS2VExperts", "WanS2VNoise")
+"""Nodes with settings that few need; the demo has none of them."""
 OUR_ERROR = re.compile(r"\.errors\.(ConfigError|CheckpointError|BackendUnavailable|OutOfMemory)$")
 
 
@@ -183,17 +185,36 @@ def graph(demo, comfy):
     """Make a prompt of the demo's, shrunk: keyword arguments set inputs by their names, which are unique in it.
 
     A value that is a tuple (class_type, inputs, output=0) becomes a node of its own, whose inputs may be such tuples.
+    Inputs of the nodes that stand before the sampler add these, with their defaults for the others.
     """
     schemas = comfy.client.object_info()
 
     def make(**changes) -> dict:
-        prompt = copy.deepcopy(demo)
+        prompt, later = copy.deepcopy(demo), {}
         for name, value in (SMALL | changes).items():
-            (node,) = [node for node in prompt.values() if name in known_inputs(schemas, node["class_type"])]
+            known = [node for node in prompt.values() if name in known_inputs(schemas, node["class_type"])]
+            if not known:
+                later[name] = value
+                continue
+            (node,) = known
             node["inputs"][name] = linked(prompt, value)
+        for kind in BEFORE_THE_SAMPLER:
+            own = {name: later.pop(name) for name in known_inputs(schemas, kind) if name in later}
+            if own:
+                put_before_the_sampler(prompt, schemas, kind, own)
+        assert not later, f"no node has {', '.join(later)}"
         return prompt
 
     return make
+
+
+def put_before_the_sampler(prompt: dict, schemas: dict, kind: str, changes: dict) -> None:
+    """A node that takes a model and gives one, between the sampler and what it had as its model."""
+    (sampler,) = [node for node in prompt.values() if node["class_type"] == "WanS2VSample"]
+    widgets = {name: options for name, (_, *options) in schemas[kind]["input"]["required"].items()}
+    usual = {name: options[0]["default"] for name, options in widgets.items() if options and "default" in options[0]}
+    before = sampler["inputs"]["model"]
+    sampler["inputs"]["model"] = linked(prompt, (kind, usual | {"model": before} | changes))
 
 
 def known_inputs(schemas: dict, class_type: str) -> list[str]:

@@ -92,6 +92,18 @@ OURS = {
         {"low_noise_model": ("WanS2VLoadModel", {"name": "Dense (folder)"})},
         "the models for high and low noise differ in",
     ),
+    "a second model that is none": ({"low_noise_model": "second"}, "low_noise_model='second' is no link to a node"),
+    "a pair in a pair": (
+        {
+            "low_noise_model": (
+                "WanS2VModelPair",
+                {"model": ["1", 0], "low_noise_model": ["1", 0], "noise_boundary": 0.5},
+            )
+        },
+        "low_noise_model is a pair of models already",
+    ),
+    "boundary is no number": ({"low_noise_model": ["1", 0], "noise_boundary": NAN}, "noise_boundary=nan"),
+    "dropout is no number": ({"moe_gate_dropout": NAN}, "gate_dropout=nan"),
     "attention that does not run here": (speed(attention="sage"), "'sage' cannot be used: "),
     "attention of no name": (speed(attention="warp"), "attention='warp' is not known. Use one of: auto, auto8, "),
     "share of attention is no number": (speed(sparse_keep=NAN), "sparse_keep=nan"),

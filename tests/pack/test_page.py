@@ -64,7 +64,7 @@ def newer(start_comfy, browser):
         yield server
 
 
-ADDED = {"WanS2VSample": ["colour_match"], "WanS2VEncodeText": ["text_precision"], "LoadAudio": ["audioUI"]}
+ADDED = {"WanS2VEncodeText": ["text_precision"], "LoadAudio": ["audioUI"]}
 """Inputs that the page may add: optional ones that an older prompt does not name, and a player of ComfyUI's own."""
 
 

@@ -85,7 +85,8 @@ def any_value(chance: random.Random, kind: str, options: dict):
 
 def valid_changes(chance: random.Random, schemas: dict, demo: dict) -> dict:
     """Inputs for `graph` that fit together."""
-    nodes = [inputs_of(schemas[node["class_type"]]) for node in demo.values()]
+    kinds = [*(node["class_type"] for node in demo.values()), "WanS2VExperts", "WanS2VNoise"]
+    nodes = [inputs_of(schemas[kind]) for kind in kinds]
     known = {name: entry for inputs in nodes for name, entry in inputs.items() if entry[0] in WIDGETS}
     made = {name: QUICK[name](chance) if name in QUICK else any_value(chance, *known[name][:2]) for name in known}
     made["moe_top_k"] = chance.randint(0, EXPERTS)

@@ -3,6 +3,7 @@ import { app } from '../../../scripts/app.js'
 
 const ACTIVE = 0
 const TALKING = 'WanS2VTalkingVideo'
+const ON_THE_WAY = ['Reroute', 'WanS2VSpeed', 'WanS2VMemory', 'WanS2VModelPair', 'WanS2VExperts', 'WanS2VNoise']
 const PLAN_INPUTS = ['fps', 'clip_frames', 'max_clips', 'timing', 'clip_plan', 'start_from_picture']
 
 /** The node of an id that the server uses; "12:5" is node 5 in the subgraph of node 12. */
@@ -75,7 +76,7 @@ function samplerOf(node) {
     const target = node.graph?.getNodeById((links?.get?.(link) ?? links?.[link])?.target_id)
     if ((target?.mode ?? ACTIVE) !== ACTIVE) continue
     if (target?.type === 'WanS2VSample') return target
-    const found = ['Reroute', 'WanS2VSpeed', 'WanS2VMemory'].includes(target?.type) && samplerOf(target)
+    const found = ON_THE_WAY.includes(target?.type) && samplerOf(target)
     if (found) return found
   }
   return null
