@@ -64,13 +64,14 @@ try {
     const { app, LiteGraph } = window
     const memory = app.graph.nodes.find(node => node.type === 'WanS2VMemory')
     memory.widgets.find(widget => widget.name === 'vram_limit_gb').value = 24
-    const speed = LiteGraph.createNode('WanS2VSpeed')
+    const onTheWay = ['WanS2VSpeed', 'WanS2VModelPair', 'WanS2VExperts', 'WanS2VNoise'].map(type => LiteGraph.createNode(type))
+    const [speed] = onTheWay
     const preset = LiteGraph.createNode('WanS2VSamplingPreset')
-    for (const node of [speed, preset]) app.graph.add(node)
+    for (const node of [...onTheWay, preset]) app.graph.add(node)
     const sampler = app.graph.nodes.find(node => node.type === 'WanS2VSample')
     const slot = (node, name) => node.inputs.findIndex(input => input.name === name)
-    memory.connect(0, speed, 0)
-    speed.connect(0, sampler, slot(sampler, 'model'))
+    const line = [memory, ...onTheWay, sampler]
+    line.slice(1).forEach((node, before) => line[before].connect(0, node, slot(node, 'model')))
     speed.widgets.find(widget => widget.name === 'vae').value = 'float32'
     preset.connect(1, sampler, slot(sampler, 'guidance_scale'))
   })
