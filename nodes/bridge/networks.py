@@ -123,7 +123,7 @@ class Details:
     gate_dropout: float = ExpertRouting.gate_dropout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """What a loader gives: a recipe, and the place of its network, which all that name that file share.
 
@@ -140,7 +140,7 @@ class Model:
     details: Details = Details()
     low_noise: "Model | None" = None
     """A second DiT, for steps of low noise."""
-    place: Place = field(init=False, repr=False)
+    place: Place = field(init=False)
 
     def __post_init__(self):
         with PLACES_LOCK:

@@ -64,7 +64,8 @@ try {
     const { app, LiteGraph } = window
     const memory = app.graph.nodes.find(node => node.type === 'WanS2VMemory')
     memory.widgets.find(widget => widget.name === 'vram_limit_gb').value = 24
-    const onTheWay = ['WanS2VSpeed', 'WanS2VModelPair', 'WanS2VExperts', 'WanS2VNoise'].map(type => LiteGraph.createNode(type))
+    const kinds = ['WanS2VSpeed', 'WanS2VModelPair', 'WanS2VExperts', 'WanS2VNoise']
+    const onTheWay = kinds.map(kind => LiteGraph.createNode(kind))
     const [speed] = onTheWay
     const preset = LiteGraph.createNode('WanS2VSamplingPreset')
     for (const node of [...onTheWay, preset]) app.graph.add(node)
