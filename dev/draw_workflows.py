@@ -44,8 +44,8 @@ NOTES = {
     "embedded model is so small that it fits whole: with Wan2.2-S2V-14B take 832x480 and 40 steps, and precision "
     "float8-weights of sampler and text where main memory is short.",
     "all_options": "Every input linked or set, to copy from. It is no recipe: most videos need none of this.\n\n"
-    "Change: the four single loaders (ComfyUI's files), recording, picture, driving video. The preset gives "
-    "steps, guidance, shift and solver. The second model of the pair is the first one once more.",
+    "Change: the single loaders (ComfyUI's files; the second model of the pair is the first one once more), recording, "
+    "picture, driving video. The preset gives steps, guidance, shift and solver.",
 }
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 WIDTH_PX, WIDE_PX, GAP_PX, ROW_PX, TEXT_PX = 300, 400, 80, 24, 110
@@ -57,8 +57,9 @@ PREVIEWS_PX = {
     "WanS2VSaveVideo": 280,
     "WanS2VTalkingVideo": 60,
     "WanS2VMemory": 170,
+    "WanS2VConditioning": 140,
 }
-"""Room for what the page adds to a node: a picture or a player, buttons."""
+"""Room for what the page adds to a node: a picture or a player, buttons, a timeline."""
 
 
 def inputs_of(schema: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
