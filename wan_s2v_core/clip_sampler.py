@@ -125,6 +125,7 @@ class LocalSampler:
                         one = range(step, step + 1)
                         state = denoise(watched.watch(denoiser, step), solver, state, one, on_step)
                         self.expert_load += take_load(model)  # not of a step that is taken again
+                    del denoiser  # what it has embedded is not to be there when the network leaves
 
         for name, steps in ranges(timesteps, config.noise_boundary):
             if state.step < (last := min(steps.stop, stop)):
