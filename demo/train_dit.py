@@ -21,7 +21,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -78,9 +77,12 @@ from wan_s2v_core.io.audio import Recording  # noqa: E402
 from wan_s2v_core.model.audio_encoder import SPEECH_FEATURE_HZ, SpeechEncoder  # noqa: E402
 from wan_s2v_core.model.checkpoint import DIT, VAE  # noqa: E402
 from wan_s2v_core.model.dit import ClipInputs, S2VTransformer, unpatchify  # noqa: E402
+from wan_s2v_core.model.parts import Checkpoint  # noqa: E402
 from wan_s2v_core.model.text_encoder import TextEncoder, clean_prompt, tokenizer_from_folder  # noqa: E402
 from wan_s2v_core.model.vae import VideoVAE  # noqa: E402
+from wan_s2v_core.networks import CheckpointNetworks  # noqa: E402
 from wan_s2v_core.pipeline import S2VPipeline  # noqa: E402
+from wan_s2v_core.prepare import plan_loading  # noqa: E402
 from wan_s2v_core.sampling.clips import START_PICTURE_FRAMES  # noqa: E402
 from wan_s2v_core.sampling.schedule import TRAIN_TIMESTEPS, shift_sigmas  # noqa: E402
 
@@ -561,16 +563,14 @@ def train(options: argparse.Namespace) -> dict:
 # --- what came of it ------------------------------------------------------------------------------------------------
 
 
-class NetworksInMemory:
-    """The networks that sampling needs, for S2VPipeline."""
-
-    def __init__(self, networks: dict[str, nn.Module], device: torch.device):
-        self.networks, self.device = networks, device
-        self.acceleration = None  # training has attached its own
-
-    @contextmanager
-    def use(self, name: str, working_bytes: int = 0) -> Iterator[nn.Module]:
-        yield self.networks[name]
+def networks_in_memory(dit: S2VTransformer, vae: VideoVAE, device: torch.device) -> CheckpointNetworks:
+    """What sampling needs, in float32 on the device."""
+    loading = plan_loading("float32", device)
+    networks = CheckpointNetworks(Checkpoint({}), loading)
+    for kind, network in ((DIT, dit), (VAE, vae)):
+        loading.finish(kind, network.eval().requires_grad_(False))
+        networks.put(kind, network.to(device))
+    return networks
 
 
 INSIDE_OF_MOUTH = (86, 24, 30)
@@ -591,7 +591,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sample_video(
-    networks: NetworksInMemory, scene: DrawnScene, voice: Voice, texts: tuple[Tensor, Tensor], config: SamplingConfig
+    networks: CheckpointNetworks, scene: DrawnScene, voice: Voice, texts: tuple[Tensor, Tensor], config: SamplingConfig
 ) -> np.ndarray:
     """The video that the real clip loop makes of a held-out scene's first picture and voice. T H W 3 uint8."""
     picture = torch.from_numpy(np.array(scene.pixels[FIRST_CLIP_SKIP]))
@@ -605,11 +605,9 @@ def judge(options: argparse.Namespace, encoders: Encoders, config: S2VModelConfi
     """Sample held-out scenes with the real clip loop; a contact sheet, and whether the mouth follows the voice."""
     from voices import load_voices
 
-    device = encoders.device
     model = S2VTransformer(config)
     model.load_state_dict(weights)
-    vae = load_tiny_vae(options.out / "vae.safetensors")
-    networks = NetworksInMemory({DIT: model.eval().requires_grad_(False).to(device), VAE: vae.to(device)}, device)
+    networks = networks_in_memory(model, load_tiny_vae(options.out / "vae.safetensors"), encoders.device)
     recordings = load_voices(options.held_out)
     settings = SceneSettings(
         str(options.held_out), 3 + round(FPS * options.eval_seconds), 3, options.size, options.supersample

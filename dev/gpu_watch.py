@@ -25,9 +25,11 @@ plain_to, plain_copy, plain_cuda = torch.Tensor.to, torch.Tensor.copy_, torch.Te
 
 
 def is_weight(tensor: torch.Tensor) -> bool:
-    """By its shape: pictures, latents and embeddings have two sides of some length behind others."""
+    """By its shape: pictures, latents and embeddings have two sides of some length behind others, and a rotary table
+    ends in pairs of cosine and sine."""
     has_sides = tensor.ndim > 2 and min(tensor.shape[-2:]) >= 16
-    return tensor.nbytes >= FEWEST_BYTES and not has_sides and not tensor.is_complex()
+    is_table = tensor.ndim == 3 and tensor.shape[-1] == 2
+    return tensor.nbytes >= FEWEST_BYTES and not has_sides and not is_table
 
 
 def note(source: torch.Tensor, result: torch.Tensor) -> None:

@@ -121,12 +121,11 @@ class LocalSampler:
                 with attached(model, self.techniques.of(model, plan, planned.plan, timesteps, routing)):
                     denoiser = clip_denoiser(model, inputs, negative_text, config)
                     log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
-                    try:
-                        while (step := state.step) < last:
-                            one = range(step, step + 1)
-                            state = denoise(watched.watch(denoiser, step), solver, state, one, on_step)
-                    finally:
-                        self.expert_load += take_load(model)
+                    while (step := state.step) < last:
+                        one = range(step, step + 1)
+                        state = denoise(watched.watch(denoiser, step), solver, state, one, on_step)
+                        self.expert_load += take_load(model)  # not of a step that is taken again
+                    del denoiser  # what it has embedded is not to be there when the network leaves
 
         for name, steps in ranges(timesteps, config.noise_boundary):
             if state.step < (last := min(steps.stop, stop)):

@@ -298,12 +298,12 @@ class ComfyNetworks:
         `load_placed`."""
         recipe, place = self.models[name].recipe, self.models[name].place
         wait_until_warm(recipe.kind)
-        if place.made_from != self._made_from(recipe):
+        if place.made_from != (wanted := self._made_from(recipe)):
             place.made_from = place.patcher = None  # two of one network would take twice the memory
             log.info("loading the %s of %s", PART_LABELS[recipe.kind], Path(recipe.path).name)
             placement = load_placed(self.checkpoint, name, self.loading, packs, check_interrupt)
             place.patcher = NetworkPatcher(placement, self.device)
-            place.made_from = self._made_from(recipe)
+            place.made_from = wanted  # of before: a file that was replaced meanwhile is loaded again
         return place.patcher
 
     def _made_from(self, recipe: ModelRecipe) -> tuple:

@@ -34,5 +34,5 @@ def warm_up() -> None:
 
 def wait_until_warm(kind: str) -> None:
     """Until what a kind of network needs is ready, where that has begun."""
-    for warmed in WARMED.values():
+    for warmed in tuple(WARMED.values()):  # another thread may add one meanwhile
         warmed.wait(kind)

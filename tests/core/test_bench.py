@@ -36,11 +36,12 @@ from wan_s2v_core.bench.measure import kind_of_kernel, read_commit
 from wan_s2v_core.bench.other_networks import products_dtype, type_name
 from wan_s2v_core.bench.prediction import OtherCard, parse_other_card, predict
 from wan_s2v_core.bench.random_weights import fill_random, random_tensor
+from wan_s2v_core.bench.session import Session
 from wan_s2v_core.bench.stages import Stage
 from wan_s2v_core.config import S2VModelConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.model.checkpoint import DIT, SPEECH_ENCODER, TEXT_ENCODER
-from wan_s2v_core.model.dit import S2VTransformer
+from wan_s2v_core.model.dit import S2VTransformer, run_plainly
 from wan_s2v_core.model.loading import load
 from wan_s2v_core.model.vae import VideoVAE
 
@@ -295,6 +296,20 @@ def test_too_few_steps_for_an_estimate_are_told(tiny_checkpoint, monkeypatch):
     case = Case("article", "article", 64, 64, 240, "float32", plan, steps=50)
     with pytest.raises(ConfigError, match="Use 5 or more, or --full"):
         article.measure_article(session, case)
+
+
+def test_a_pipeline_gets_a_model_with_nothing_attached(tiny_checkpoint):
+    """It attaches the plan itself: twice, tokens would be put into the order of strips twice."""
+    request = BenchRequest(source=ModelSource(checkpoint=str(tiny_checkpoint)), device="cpu")
+    session = Session(request, torch.device("cpu"))
+    case = Case("article", "article", 64, 64, 80, "float32", AccelerationPlan(sparse_keep=0.5))
+    model = session.dit(case)
+    assert model.run_stack is not run_plainly
+    with article.resident_networks(session, case) as networks:
+        assert networks.loaded[DIT] is model and model.run_stack is run_plainly
+    assert session.dit(case) is model and model.run_stack is not run_plainly, "the next case measures it as planned"
+    session.drop()
+    assert model.run_stack is run_plainly
 
 
 # --- against an earlier run --------------------------------------------------------------------------------------

@@ -291,6 +291,21 @@ def test_the_trained_function_is_the_model(demo, tiny_config, clips, kind, fresh
     torch.testing.assert_close(demo.train_dit.velocity(quick, latents, timesteps, inputs), expected, atol=1e-4, rtol=0)
 
 
+def test_a_trained_model_is_judged_by_the_clip_loop(demo, encoders, tiny_config, trained, tmp_path, fresh_seed):
+    """A held-out scene of one clip, with guidance and without."""
+    noise = np.random.default_rng(fresh_seed).normal(0, 0.1, 16000 * 3).astype(np.float32)
+    importlib.import_module("voices").save_voices(tmp_path / "voices.npz", [noise])
+    (tmp_path / "vae.safetensors").write_bytes((trained / "vae.safetensors").read_bytes())
+    words = [*TINY_DIT, "--out", str(tmp_path), "--held_out", str(tmp_path / "voices.npz"), "--judged", "1"]
+    words += ["--size", "64", "--supersample", "1", "--eval_steps", "2", "--eval_seconds", "1"]
+    model = demo.train_dit.S2VTransformer(tiny_config)
+    fill_random(model, fresh_seed)
+    demo.train_dit.judge(demo.train_dit.make_parser().parse_args(words), encoders, tiny_config, model.state_dict())
+    results = json.loads((tmp_path / "dit_eval.json").read_text())["results"]
+    assert [one["guidance"] for one in results] == [1.0, 3.0] and all(one["frames"] for one in results)
+    assert (tmp_path / "dit.png").stat().st_size
+
+
 def run_rank(rank: int, folder: Path, port: int) -> None:
     """One of two ranks, in a fork of this process, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -3,11 +3,13 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.config import UNUSED, S2VModelConfig
 from wan_s2v_core.errors import CheckpointError
 from wan_s2v_core.io.weights import open_weights
@@ -25,8 +27,11 @@ from wan_s2v_core.model.loading import (
     load_transformer,
     load_vae,
 )
+from wan_s2v_core.model.parts import Checkpoint
 from wan_s2v_core.model.text_encoder import TextEncoder, clean_prompt
 from wan_s2v_core.model.vae import VideoVAE
+from wan_s2v_core.networks import load_placed
+from wan_s2v_core.prepare import plan_loading
 
 TEXT_FILE, VAE_FILE = OFFICIAL_FILES[names.TEXT_ENCODER][0], OFFICIAL_FILES[names.VAE][0]
 SPEECH_FOLDER = OFFICIAL_FILES[names.SPEECH_ENCODER][0]
@@ -220,6 +225,15 @@ def test_text_encoder_with_its_tokenizer_inside(folder, tmp_path):
     torch.testing.assert_close(comfy.encode(prompt), official.encode(prompt), atol=0, rtol=0)
 
 
+def test_weights_lie_row_after_row(folder):
+    """Views in another order have the same values, and matrix products round them differently."""
+    file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    weights = torch.load(file, weights_only=True)
+    torch.save({name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in weights.items()}, file)
+    encoder = load_text_encoder(folder, torch.bfloat16)
+    assert all(value.is_contiguous() for value in encoder.parameters())
+
+
 def test_vae_and_speech_in_other_spellings(folder, tmp_path):
     vae, speech = load_vae(folder), load_audio_encoder(folder)
     save_file(vae.network.state_dict(), tmp_path / "diffusers.safetensors")
@@ -234,7 +248,6 @@ def test_vae_and_speech_in_other_spellings(folder, tmp_path):
 
 
 def test_speech_file_without_config_is_told_from_shapes(tmp_path):
-    from wan_s2v_core.bench.random_weights import fill_random
     from wan_s2v_core.model.audio_encoder import SpeechEncoder
 
     settings = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -597,3 +610,28 @@ def test_inspect_names_what_a_folder_lacks(folder, run_cli):
 def test_inspect_what_cannot_be_read(tmp_path, run_cli):
     code, out, err = run_cli("inspect", tmp_path / "nothing", "--json")
     assert code == 2 and "nothing is not there" in json.loads(out)["error"] and "Traceback" not in err
+
+
+def test_a_file_that_is_replaced_before_it_is_loaded_is_opened_anew(tmp_path, tiny_maker):
+    """A checkpoint is opened long before some of it is loaded; where tensors lie may be another place by then."""
+    folder = tmp_path / "dit"
+    folder.mkdir()
+
+    def write(**sizes) -> S2VTransformer:
+        config = replace(tiny_maker.DIT_CONFIG, **sizes)
+        model = S2VTransformer(config)
+        fill_random(model, 5)
+        weights = {names.dit_name(name): value.clone() for name, value in model.state_dict().items()}
+        save_file(weights, tmp_path / "new", {"format": "pt"})
+        (tmp_path / "new").replace(folder / f"{DIT_STEM}.safetensors")
+        (folder / "config.json").write_text(json.dumps(names.official_dit_config(config)))
+        return model
+
+    write()
+    checkpoint = Checkpoint({names.DIT: folder})
+    stamps = checkpoint.stamps(names.DIT)
+    second = write(feed_forward_width=2 * tiny_maker.DIT_CONFIG.feed_forward_width)
+    placed = load_placed(checkpoint, names.DIT, plan_loading("float32", "cpu"), False)
+    assert checkpoint.stamps(names.DIT) != stamps and checkpoint.config(names.DIT) == second.config
+    for name, value in placed.network.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name

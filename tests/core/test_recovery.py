@@ -5,12 +5,14 @@ import logging
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from wan_s2v_core import networks
+from wan_s2v_core.assets import CHECKPOINT, embedded
 from wan_s2v_core.clip_sampler import LocalSampler
 from wan_s2v_core.conditioning.bundle import make_conditioning
 from wan_s2v_core.config import SOLVERS, MemoryLimits, SamplingConfig, VideoConfig
@@ -75,8 +77,8 @@ def opened(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(networks, "room_on", simulated_room)
     monkeypatch.setattr(budget, "MARGIN_BYTES", 0)
 
-    def open_limited(limits: MemoryLimits = MemoryLimits()):  # noqa: B008
-        return open_checkpoint(str(tiny_checkpoint), plan_loading("auto", CPU), limits=limits)
+    def open_limited(limits: MemoryLimits = MemoryLimits(), checkpoint: Path = tiny_checkpoint):  # noqa: B008
+        return open_checkpoint(str(checkpoint), plan_loading("auto", CPU), limits=limits)
 
     return open_limited
 
@@ -138,6 +140,17 @@ def test_sampling_goes_on_from_the_last_finished_step(solver, opened, recording)
         assert steps == [(clip, step) for clip in range(len(clips)) for step in (1, 2, 3)]
     assert 0 < counts[1] - counts[0] <= 20
     assert_same(latents[1], latents[0])
+
+
+def test_a_step_that_is_taken_again_counts_once(opened, recording):
+    """In what the experts had to do."""
+    loads = []
+    for failures in ((), (13,)):  # in a later step than the first
+        pipeline = Failing(opened(ROOMY, embedded(CHECKPOINT)), DIT, failures)
+        everything(pipeline, recording)
+        assert pipeline.failed == len(failures)
+        loads.append(pipeline.expert_load)
+    assert loads[0].tokens and loads[0] == loads[1]
 
 
 @pytest.mark.parametrize("stage", STAGES)

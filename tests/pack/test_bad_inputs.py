@@ -123,7 +123,7 @@ OURS = {
     "model with a broken config": (model("Broken (folder)"), "config.json"),
     "checkpoint without its encoders": ({"checkpoint": "Wide (folder)"}, "has the DiT but no umT5 text encoder"),
     "text encoder without its tokenizer": (
-        {"text_encoder": ("WanS2VLoadTextEncoder", {"name": "alone.pth"})},
+        {"text_encoder": ("WanS2VLoadTextEncoder", {"name": "bare/umt5.pth"})},
         "google/umt5-xxl",
     ),
     "name is empty": ({"filename_prefix": ""}, "filename_prefix=''"),
@@ -242,7 +242,8 @@ def make_models(dits: Path, texts: Path) -> None:
     for name, text in changes.items():
         shutil.copytree(CHECKPOINT, dits / name, ignore=shutil.ignore_patterns("*.pth", "google", "wav2vec2*"))
         (dits / name / "config.json").write_text(text, encoding="utf-8")
-    shutil.copy(CHECKPOINT / "models_t5_umt5-xxl-enc-bf16.pth", texts / "alone.pth")
+    (texts / "bare").mkdir()  # a folder that no other test puts a tokenizer into
+    shutil.copy(CHECKPOINT / "models_t5_umt5-xxl-enc-bf16.pth", texts / "bare" / "umt5.pth")
 
 
 def float_wav(samples: np.ndarray, rate: int = 24000) -> bytes:

@@ -127,10 +127,11 @@ def test_every_node_has_help_in_every_language(comfy, pack_nodes):
 
 
 def test_help_pages_say_the_same(spoken):
-    """Translated pages explain the same inputs, by the names that workflows have too, and bear the node's name."""
+    """Pages name every input of their node; translated ones explain the same, by the names that workflows have too."""
     for node, entry in spoken.items():
         original = (DOCS / f"{node}.md").read_text(encoding="utf-8")
         assert original.startswith(f"# {entry['display_name']}\n")
+        assert [name for name in entry["inputs"] if not re.search(rf"\b{name}\b", original)] == [], node
         for language in TRANSLATIONS:
             page = (DOCS / node / f"{language}.md").read_text(encoding="utf-8")
             assert page.startswith(f"# {definitions(language)[node]['display_name']}\n"), (node, language)

@@ -113,7 +113,7 @@ def resident_networks(session: Session, case: Case) -> Iterator[CheckpointNetwor
     offload = session.request.offload
     networks = CheckpointNetworks(Checkpoint({}), loading, ALWAYS if offload else AUTO)
     home = torch.device("cpu") if offload else session.device
-    networks.put(DIT, session.dit(case).to(home))
+    networks.put(DIT, session.plain_dit(case).to(home))
     try:
         for kind in (TEXT_ENCODER, SPEECH_ENCODER, VAE):
             networks.put(kind, session.network(kind, case.precision, home))

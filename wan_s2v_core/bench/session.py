@@ -27,7 +27,14 @@ class Session:
         self._key: tuple = ()
 
     def dit(self, case: Case) -> S2VTransformer:
-        """The DiT of a case; a short one with random weights for growth."""
+        """The DiT of a case, with what its plan says attached; a short one with random weights for growth."""
+        model = self.plain_dit(case)
+        self._attached.enter_context(accelerated(model, case.plan))
+        return model
+
+    def plain_dit(self, case: Case) -> S2VTransformer:
+        """The same with nothing attached, for a pipeline, which attaches the plan itself."""
+        self._attached.close()
         key = (case.precision, case.plan, case.group == GROWTH)
         if key != self._key:
             self.drop()
@@ -37,7 +44,6 @@ class Session:
                 self._held = engine.build_short_dit(config, case.precision, self.device)
             else:
                 self._held = engine.build_dit(self.source, case.precision, self.device)
-            self._attached.enter_context(accelerated(self._held, case.plan))
             self._key, self.build_seconds = key, now(self.device) - began
         return self._held
 

@@ -446,10 +446,13 @@ def is_scale(name: str) -> bool:
 
 
 def read_weight(entries: Mapping[str, WeightEntry], name: str) -> Tensor:
-    """One tensor as floating point; scaled 8-bit weights are multiplied out in float32."""
+    """One tensor as floating point, row after row in memory; scaled 8-bit weights are multiplied out in float32.
+
+    Old PyTorch files may hold views in another order, with which matrix products round differently.
+    """
     entry, scale = entries[name], find_scale(entries, name)
     if entry.dtype not in FLOAT8 or scale is None:
-        return entry.read()
+        return entry.read().contiguous()
     return entry.read().float() * scale.read().float().view(-1, *[1] * (len(entry.shape) - 1))
 
 
@@ -463,7 +466,7 @@ def read_stored(entries: Mapping[str, WeightEntry], name: str) -> tuple[Tensor, 
     if entry.dtype != torch.float8_e4m3fn or len(entry.shape) != 2:
         return None
     factors = torch.ones(1, 1) if scale is None else scale.read().float().view(-1, 1)
-    return entry.read(), factors.expand(entry.shape[0], 1)
+    return entry.read().contiguous(), factors.expand(entry.shape[0], 1)
 
 
 def find_scale(entries: Mapping[str, WeightEntry], name: str) -> WeightEntry | None:

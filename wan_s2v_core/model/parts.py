@@ -26,15 +26,16 @@ class Checkpoint:
         """Config and stamps of each that has been opened."""
 
     def part(self, name: str) -> Part:
-        """A network, ready to be loaded.
+        """A network, ready to be loaded. It is opened anew where one of its files has been replaced meanwhile: what
+        was read of the old one says where tensors lie in it.
 
         Raises:
             CheckpointError: if it is missing, damaged, or something else.
         """
-        if name not in self._parts:
+        if name not in self._parts or stamps_of(self._parts[name]) != self._known[name][1]:
             part = find_part(self.paths[name], kind_of(name))
             self._parts[name] = part
-            self._known[name] = part.config, [file_stamp(file) for file in part.weights.files]
+            self._known[name] = part.config, stamps_of(part)
         return self._parts[name]
 
     def release(self, name: str) -> None:
@@ -77,6 +78,11 @@ class Checkpoint:
                 f"the models for high and low noise differ in {told}. Use two that were trained as a pair, or one "
                 "alone."
             )
+
+
+def stamps_of(part: Part) -> list[FileStamp]:
+    """Of its files as they are now; those that are gone are left out."""
+    return [file_stamp(file) for file in part.weights.files if file.exists()]
 
 
 def check_fit(dit: S2VModelConfig, text_width: int, audio_width: int, audio_layers: int) -> None:
