@@ -163,7 +163,7 @@ def start(arguments: list[str], log: str) -> dict[str, Any]:
     pid = os.fork()
     if pid:
         return {"pid": pid}
-    code = 1
+    code, has_begun = 1, False
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -173,11 +173,16 @@ def start(arguments: list[str], log: str) -> dict[str, Any]:
         logging.root.handlers.clear()
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+        has_begun = True
         code = command_line(arguments)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if has_begun or not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
+        else:  # Ctrl-C met what stands here for the start of Python
+            os.write(2, b"error: stopped.\n")
+            code = 130
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush(), sys.stderr.flush()
