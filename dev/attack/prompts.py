@@ -513,6 +513,10 @@ def try_prompt(lab: Lab, server: Any, name: str, number: int, prompt: Prompt, ex
     return Outcome("prompts", f"{name}{f' ({detail})' if detail else ''}", number, verdict, said, seconds, peak)
 
 
+COMFYUIS_OWN = "graph.DependencyCycleError"
+"""What ComfyUI says of links in a circle, in the name of a node that waits in it and has not been called."""
+
+
 def judged(lab: Lab, server: Any, run: Any, expects: str, log: str) -> tuple[str, str]:
     """Verdict and reason for the end of a prompt."""
     expects = expects.partition(": ")[0]
@@ -532,7 +536,8 @@ def judged(lab: Lab, server: Any, run: Any, expects: str, log: str) -> tuple[str
             if problem
             else (TURNED_AWAY if expects == GOOD else REFUSED, message)
         )
-    is_ours = PACK_FILES in where or str(error.get("node_type", "")).startswith("WanS2V")
+    of_our_node = str(error.get("node_type", "")).startswith("WanS2V") and kind != COMFYUIS_OWN
+    is_ours = PACK_FILES in where or of_our_node
     return (
         (TRACEBACK, f"{where[-2500:]}\n{kind}: {message[:300]}")
         if is_ours
