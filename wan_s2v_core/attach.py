@@ -63,7 +63,7 @@ def techniques(
 
 
 class KeptTechniques:
-    """What was made for the last plans, so that the same objects serve all clips of a run."""
+    """What was made for the last plan, so that the same objects serve all clips of a run."""
 
     def __init__(self):
         self._made: dict[tuple, tuple[Technique, ...]] = {}
@@ -95,7 +95,7 @@ def attention(chosen: Chosen, plan: AccelerationPlan, timesteps: Sequence[float]
     """The self-attention of all blocks: exact, or sparse behind the blocks and steps that look at everything."""
     if plan.sparse_keep == 1:
         return (attending(chosen.attend),)
-    sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, first_sparse_below(timesteps, plan.sparse_dense_steps))
+    sparse = SparsePlan(plan.sparse_keep, plan.sparse_by, dense_from(timesteps, plan.sparse_dense_steps))
     attend = sparse_attend(chosen.attend, chosen.attend_listed, sparse)
     return attending(attend, chosen.attend, plan.sparse_dense_blocks), strips
 
@@ -112,7 +112,7 @@ def attending(attend: Attend, first: Attend | None = None, count: int = 0) -> Te
     return attached
 
 
-def first_sparse_below(timesteps: Sequence[float], dense_steps: int) -> float:
+def dense_from(timesteps: Sequence[float], dense_steps: int) -> float:
     """The timestep from which on attention is dense, so that the first steps of these look at everything."""
     dense = timesteps[:dense_steps]
     return dense[-1] if dense else float("inf")

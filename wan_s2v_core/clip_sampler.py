@@ -5,6 +5,7 @@ Tensors and settings go in, latents and the predictions of each step come out; w
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -30,31 +31,33 @@ from .sampling.sound_results import WatchedSteps
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ClipWork:
+    """What a clip is denoised by, besides its noise."""
+
+    inputs: ClipInputs
+    """With the prompt as its text."""
+    negative_text: Tensor
+    """1 L E, embeddings of the negative prompt."""
+    config: SamplingConfig
+    routing: ExpertRouting | None = None
+    """How experts are used; None for models without."""
+    name: str = "a clip"
+    """Which one it is, for people."""
+
+
 class ClipSampler(Protocol):
     """Who denoises clips, in this process or elsewhere."""
 
     expert_load: ExpertLoad
     """What the experts had to do since somebody set this to an empty one; empty for a dense model."""
 
-    def sample(
-        self,
-        noise: Tensor,
-        inputs: ClipInputs,
-        negative_text: Tensor,
-        config: SamplingConfig,
-        on_step: OnStep,
-        routing: ExpertRouting | None,
-        told: str = "a clip",
-    ) -> Tensor:
+    def sample(self, noise: Tensor, work: ClipWork, on_step: OnStep) -> Tensor:
         """Denoise one clip.
 
         Args:
             noise: B C F h w.
-            inputs: with the prompt as its text.
-            negative_text: 1 L E, embeddings of the negative prompt.
             on_step: may raise to stop.
-            routing: how experts are used; None for models without.
-            told: which clip, for people.
         Returns:
             Latents B C F h w.
         Raises:
@@ -76,32 +79,12 @@ class LocalSampler:
         self.expert_load = ExpertLoad()
         self.techniques = KeptTechniques()
 
-    def sample(
-        self,
-        noise: Tensor,
-        inputs: ClipInputs,
-        negative_text: Tensor,
-        config: SamplingConfig,
-        on_step: OnStep,
-        routing: ExpertRouting | None,
-        told: str = "a clip",
-    ) -> Tensor:
+    def sample(self, noise: Tensor, work: ClipWork, on_step: OnStep) -> Tensor:
         """As `ClipSampler.sample`."""
-        state = SolverState(noise)
-        return self.denoise_until(state, config.steps, inputs, negative_text, config, on_step, routing, told).latents
+        return self.denoise_until(SolverState(noise), work.config.steps, work, on_step).latents
 
     @torch.inference_mode()
-    def denoise_until(
-        self,
-        state: SolverState,
-        stop: int,
-        inputs: ClipInputs,
-        negative_text: Tensor,
-        config: SamplingConfig,
-        on_step: OnStep,
-        routing: ExpertRouting | None,
-        told: str = "a clip",
-    ) -> SolverState:
+    def denoise_until(self, state: SolverState, stop: int, work: ClipWork, on_step: OnStep) -> SolverState:
         """Denoise a clip from where it is up to a step, so that it can be left and gone on with between any two.
 
         Where memory runs out, the step that failed is taken again under a tighter plan.
@@ -110,16 +93,17 @@ class LocalSampler:
             state: of the clip, on the device.
             stop: the first step, counted from 0, that is not taken.
         """
+        config = work.config
         solver, watched = make_solver(config), WatchedSteps(config.steps)
-        choose = clip_plan(self.networks, state.latents, inputs, config)
+        choose = clip_plan(self.networks, state.latents, work.inputs, config)
         timesteps = solver.schedule.timesteps
 
         def denoise_range(name: str, last: int, planned: Planned) -> None:
             nonlocal state
             with placed(self.networks, name, planned, self.check) as model:
                 plan = self.networks.loading.acceleration
-                with attached(model, self.techniques.of(model, plan, planned.plan, timesteps, routing)):
-                    denoiser = clip_denoiser(model, inputs, negative_text, config)
+                with attached(model, self.techniques.of(model, plan, planned.plan, timesteps, work.routing)):
+                    denoiser = clip_denoiser(model, work.inputs, work.negative_text, config)
                     log.info("%s: in place, denoising begins", PART_LABELS.get(name, name))
                     while (step := state.step) < last:
                         one = range(step, step + 1)
@@ -130,5 +114,5 @@ class LocalSampler:
         for name, steps in ranges(timesteps, config.noise_boundary):
             if state.step < (last := min(steps.stop, stop)):
                 Attempts(self.networks, name, choose).run(partial(denoise_range, name, last))
-        watched.check(PART_LABELS[DIT], f"sampling {told}")
+        watched.check(PART_LABELS[DIT], f"sampling {work.name}")
         return state

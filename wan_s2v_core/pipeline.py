@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .clip_sampler import ClipSampler, LocalSampler
+from .clip_sampler import ClipSampler, ClipWork, LocalSampler
 from .conditioning.bundle import S2VConditioning
 from .conditioning.pose import pose_pixels
 from .config import ExpertRouting, SamplingConfig
@@ -76,14 +76,14 @@ class S2VPipeline(Stages):
         text, negative_text = job.text.to(device), job.negative_text.to(device)
 
         def sample(task: ClipTask) -> Tensor:
-            inputs = self.clip_inputs(job, task, text)
+            name = clip_told(task.index, job.clips)
+            work = ClipWork(self.clip_inputs(job, task, text), negative_text, config, routing, name)
 
             def tell(step: int, clean: Tensor) -> None:
                 if on_step:
                     on_step(task, step, clean)
 
-            told = clip_told(task.index, job.clips)
-            return self.sampler.sample(task.noise, inputs, negative_text, config, tell, routing, told)
+            return self.sampler.sample(task.noise, work, tell)
 
         noises = (noise_of(job, clip, config, device) for clip in range(job.clips))
         past, starts = job.video.motion_frames, job.video.starts_from_reference

@@ -14,7 +14,7 @@ from wan_s2v_core.acceleration.attention.sparse import SparsePlan, sparse_attend
 from wan_s2v_core.acceleration.experts.router import routed, take_load
 from wan_s2v_core.acceleration.keys_values import kept_keys_values
 from wan_s2v_core.acceleration.pointwise import FusedPointwise, fused_steps
-from wan_s2v_core.attach import accelerated, attached, attending, first_sparse_below, techniques
+from wan_s2v_core.attach import accelerated, attached, attending, dense_from, techniques
 from wan_s2v_core.config import AccelerationPlan, ExpertRouting, OffloadPlan, SamplingConfig
 from wan_s2v_core.errors import ConfigError
 from wan_s2v_core.memory.slices import in_slices
@@ -163,7 +163,7 @@ def test_one_plan_makes_its_techniques_once_for_all_models(make_model, make_inpu
 @pytest.mark.parametrize("dense", [0, 1, 3, 8, 11])
 def test_dense_steps_are_the_first_of_a_schedule(dense):
     timesteps = make_schedule(SamplingConfig(steps=8)).timesteps
-    limit = first_sparse_below(timesteps, dense)
+    limit = dense_from(timesteps, dense)
     assert sum(timestep >= limit for timestep in timesteps) == min(dense, 8)
 
 

@@ -15,7 +15,7 @@ from wan_s2v_core.acceleration.experts.noise import ranges
 from wan_s2v_core.assets import PORTRAIT, VOICE, embedded
 from wan_s2v_core.bench.random_weights import fill_random
 from wan_s2v_core.clip_denoiser import clip_denoiser
-from wan_s2v_core.clip_sampler import LocalSampler
+from wan_s2v_core.clip_sampler import ClipWork, LocalSampler
 from wan_s2v_core.conditioning.bundle import make_conditioning
 from wan_s2v_core.conditioning.image import read_picture
 from wan_s2v_core.config import SOLVERS, ExpertRouting, SamplingConfig, VideoConfig
@@ -183,7 +183,7 @@ def test_a_clip_that_was_left_between_two_steps_goes_on(solver, watched, job):
     inputs = pipeline.clip_inputs(job, ClipTask(0, noise, pipeline.encode(job.reference), None), job.text)
     for cut in range(5):
         steps, uses = [], []
-        given = (inputs, job.negative_text, config, lambda step, _, steps=steps: steps.append(step), None)
+        given = ClipWork(inputs, job.negative_text, config), lambda step, _, steps=steps: steps.append(step)
         state = SolverState(noise)
         for stop in (cut, 4):
             watched.uses.clear()

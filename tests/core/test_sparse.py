@@ -26,7 +26,7 @@ from wan_s2v_core.acceleration.attention.sparse import (
     tile_means,
 )
 from wan_s2v_core.attach import accelerated
-from wan_s2v_core.clip_sampler import LocalSampler
+from wan_s2v_core.clip_sampler import ClipWork, LocalSampler
 from wan_s2v_core.config import SPARSE_BY_DISTANCE, SPARSE_BY_SCORES, AccelerationPlan, SamplingConfig
 from wan_s2v_core.model.attention import sdpa
 from wan_s2v_core.model.checkpoint import DIT
@@ -348,7 +348,7 @@ def test_the_pipeline_lets_the_first_steps_see_everything(solver, steps, counted
     counted.clear()
     with torch.inference_mode():
         for _ in range(2):  # two clips
-            LocalSampler(networks).sample(noise, inputs, negative, sampling, lambda step, clean: None, None)
+            LocalSampler(networks).sample(noise, ClipWork(inputs, negative, sampling), lambda step, clean: None)
     dense = min(dense_steps, all_steps)
     sparse = (all_steps - dense) * (config.blocks - 1)
     assert counted["sparse"] == 4 * sparse and counted["dense"] == 4 * (all_steps * config.blocks - sparse)
